@@ -1,0 +1,70 @@
+"""The checkpoint format: manifest, digests, fingerprint, lineage, probe, migration, durable writes.
+
+Nothing heavy is imported here; `qlx inspect` needs only this package.
+"""
+
+from qlx.checkpoint.digest import (
+    bytes_digest,
+    file_sha256,
+    fingerprint,
+    fingerprint_directory,
+    fingerprint_weights,
+)
+from qlx.checkpoint.durable import new_checkpoint, replace_file
+from qlx.checkpoint.lineage import next_step
+from qlx.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    AdapterSpec,
+    BaseRef,
+    FileEntry,
+    Kind,
+    Manifest,
+    ProbeRecord,
+    ProbeResult,
+    QuantSpec,
+    Step,
+    Task,
+)
+from qlx.checkpoint.probe import PROBE_FILE, Probe, read_probe, write_probe
+from qlx.checkpoint.source import Source, require_base, resolve_source
+from qlx.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint, read_manifest, seal
+from qlx.checkpoint.strict_json import canonical_json, load_json, parse_json
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_FILE",
+    "PROBE_FILE",
+    "AdapterSpec",
+    "BaseRef",
+    "Checkpoint",
+    "FileEntry",
+    "Kind",
+    "Manifest",
+    "Probe",
+    "ProbeRecord",
+    "ProbeResult",
+    "QuantSpec",
+    "Source",
+    "Step",
+    "Task",
+    "bytes_digest",
+    "canonical_json",
+    "file_sha256",
+    "fingerprint",
+    "fingerprint_directory",
+    "fingerprint_weights",
+    "is_checkpoint",
+    "load_json",
+    "new_checkpoint",
+    "next_step",
+    "open_checkpoint",
+    "parse_json",
+    "read_manifest",
+    "read_probe",
+    "replace_file",
+    "require_base",
+    "resolve_source",
+    "seal",
+    "write_probe",
+]

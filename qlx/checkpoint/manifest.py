@@ -1,0 +1,217 @@
+"""The manifest `qlx.json`: what a checkpoint is, where it came from, and which bytes belong to it.
+
+Format version 1; `docs/format.md` is its specification. Models are frozen and refuse unknown
+fields, so a file that a newer qlx wrote is never half understood. Nothing in here depends on the
+clock, the host or an absolute path: the same content gives the same bytes anywhere.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qlx.checkpoint.strict_json import canonical_json
+from qlx.errors import CorruptCheckpoint, InputRefused
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_FILE",
+    "AdapterSpec",
+    "BaseRef",
+    "FileEntry",
+    "Kind",
+    "Manifest",
+    "ProbeRecord",
+    "ProbeResult",
+    "QuantSpec",
+    "Step",
+    "Task",
+    "parse_manifest",
+]
+
+MANIFEST_FILE = "qlx.json"
+FORMAT_VERSION = 1
+
+Kind = Literal["run", "adapter", "merged", "packed", "onnx"]
+Task = Literal["image-classification", "causal-lm"]
+Scalar = str | int | float | bool | None
+
+
+def _flat_name(name: str) -> str:
+    """A file name that stays in its directory on every system."""
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name) or name == MANIFEST_FILE:
+        raise ValueError(f"{name!r} is not allowed as a file name (letters, digits, '.', '_', '-'; no directories)")
+    return name
+
+
+def _digest(value: str) -> str:
+    import re
+
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", value):
+        raise ValueError(f"{value!r} is not of the form sha256:<64 hex digits>")
+    return value
+
+
+FileName = Annotated[str, AfterValidator(_flat_name)]
+Digest = Annotated[str, AfterValidator(_digest)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseRef(_Frozen):
+    """The base model: the name it was given, its revision, and the fingerprint of its weights."""
+
+    name: str
+    revision: str | None = None
+    fingerprint: Digest
+
+
+class QuantSpec(_Frozen):
+    """How weights are, or were during training, quantized.
+
+    `modules` are the in-memory names of the quantized modules, `tensors` the names of their weights
+    in the base's files (transformers renames some on load), `fingerprint` identifies the codes and
+    scales themselves. `group_size` counts input values that share a scale (the block size of NF4).
+    """
+
+    method: Literal["none", "qlora", "post-training"] = "none"
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    kv_cache_bits: int | None = None
+    scheme: Literal["nf4", "fp4"] | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    double_quant: bool = False
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    skip_modules: tuple[str, ...] = ()
+    mode: Literal["manual", "hf"] = "manual"
+    backend: Literal["bitsandbytes"] | None = None
+    modules: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    fingerprint: Digest | None = None
+    extras: dict[str, Scalar] = Field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any weight is quantized at all."""
+        return self.scheme is not None
+
+
+class AdapterSpec(_Frozen):
+    """What was trained: adapter type, rank, scaling, targets, and how many parameters.
+
+    `tensors` maps each adapted module (in-memory name) to its weight's name in the base's files.
+    `type` is `full` when the whole model was trained and there is no adapter.
+    """
+
+    type: Literal["lora", "full"] = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    targets: tuple[str, ...] = ()
+    tensors: dict[str, str] = Field(default_factory=dict)
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
+
+
+class Step(_Frozen):
+    """One command in a checkpoint's history, with the digests or fingerprints of what it read."""
+
+    command: str
+    versions: dict[str, str]
+    parents: tuple[Digest, ...] = ()
+    recipe_digest: Digest | None = None
+    seed: int | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class FileEntry(_Frozen):
+    """Size in bytes and SHA-256 of one payload file."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class ProbeResult(_Frozen):
+    """A replay that was made: by which step, against which outputs, with which distances."""
+
+    step: str
+    against: str
+    metrics: dict[str, float]
+    passed: bool
+
+
+class ProbeRecord(_Frozen):
+    """Where the probe lies, what its reference outputs are, and every distance measured so far."""
+
+    file: FileName = "probe.safetensors"
+    reference: str
+    results: tuple[ProbeResult, ...] = ()
+
+
+class Manifest(_Frozen):
+    """The whole of `qlx.json`; `to_bytes` and `parse_manifest` are inverse to each other."""
+
+    format: Literal["qlx"] = "qlx"
+    format_version: Literal[1] = 1
+    kind: Kind
+    task: Task
+    tag: str = Field(min_length=1, max_length=200)
+    base: BaseRef | None = None
+    quantization: QuantSpec = QuantSpec()
+    adapter: AdapterSpec | None = None
+    lineage: tuple[Step, ...] = ()
+    files: dict[FileName, FileEntry] = Field(default_factory=dict)
+    probe: ProbeRecord | None = None
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.probe is not None and self.files and self.probe.file not in self.files:
+            raise ValueError(f"the probe file {self.probe.file!r} is not among the files")
+        if self.kind == "adapter" and (self.adapter is None or self.base is None):
+            raise ValueError("an adapter needs the fields adapter and base")
+        if self.kind == "packed" and not self.quantization.quantized:
+            raise ValueError("a packed checkpoint needs quantization.scheme")
+        return self
+
+    def to_bytes(self) -> bytes:
+        """The canonical bytes of this manifest; equal manifests give equal bytes."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def with_step(self, step: Step, **changes: Any) -> "Manifest":
+        """A copy with `step` appended to the lineage and other fields changed."""
+        return self.model_copy(update={**changes, "lineage": (*self.lineage, step)})
+
+    def with_result(self, result: ProbeResult) -> "Manifest":
+        """A copy that records one more replay of the probe.
+
+        Raises:
+            InputRefused: the checkpoint has no probe.
+        """
+        if self.probe is None:
+            raise InputRefused(f"checkpoint {self.tag!r} has no probe to record a result for")
+        probe = self.probe.model_copy(update={"results": (*self.probe.results, result)})
+        return self.model_copy(update={"probe": probe})
+
+
+def parse_manifest(value: Any, where: str) -> Manifest:
+    """Validate a parsed `qlx.json`; `where` names the file in errors.
+
+    Raises:
+        CorruptCheckpoint: a field is missing, unknown or wrong; the message names it.
+    """
+    try:
+        return Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise CorruptCheckpoint(f"{where}: field {field}: {first['msg']}") from error

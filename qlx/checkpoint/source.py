@@ -1,0 +1,86 @@
+"""Where a base model comes from: a local directory or a hub name, named by the content of its weights."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qlx.checkpoint.digest import fingerprint_directory
+from qlx.checkpoint.manifest import BaseRef, Manifest
+from qlx.checkpoint.store import is_checkpoint, open_checkpoint
+from qlx.errors import InputRefused, Mismatch, require
+
+__all__ = ["Source", "require_base", "resolve_source"]
+
+_USABLE_KINDS = ("run", "merged", "packed")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved base: its local directory, the name and revision it was asked for by."""
+
+    path: Path
+    name: str
+    revision: str | None = None
+    manifest: Manifest | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights; reads every byte once."""
+        return fingerprint_directory(self.path)
+
+    def reference(self) -> BaseRef:
+        """How a manifest names this base: never by an absolute path."""
+        name = Path(self.name).name if Path(self.name).is_absolute() else self.name
+        return BaseRef(name=name, revision=self.revision, fingerprint=self.fingerprint)
+
+
+def resolve_source(name: str, revision: str | None = None) -> Source:
+    """Find a base by local path or hub name (`owner/model@revision`).
+
+    A qlx checkpoint is opened with its digests checked; it must hold whole weights.
+
+    Raises:
+        InputRefused: not found, or a checkpoint without whole weights (an adapter).
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _local(path, str(name), revision)
+    repo, _, at = str(name).partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise InputRefused(f"{name}: no such directory (a hub model is named owner/model, optionally @revision)")
+    return Source(_download(repo, at or revision), repo, at or revision)
+
+
+def _local(path: Path, name: str, revision: str | None) -> Source:
+    if not is_checkpoint(path):
+        return Source(path, name, revision)
+    manifest = open_checkpoint(path).manifest
+    whole = manifest.kind != "run" or (manifest.adapter is None or manifest.adapter.type == "full")
+    if manifest.kind not in _USABLE_KINDS or not whole:
+        raise InputRefused(f"{path}: a checkpoint of kind {manifest.kind!r} without whole weights cannot be a base; merge it first")
+    return Source(path, name, revision, manifest)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    hub = require("huggingface_hub", "train")
+    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputRefused(f"{repo}: neither a local directory nor to be had from the hub ({reason})") from error
+
+
+def require_base(manifest: Manifest, source: Source) -> None:
+    """Check that `source` holds the very weights the checkpoint was trained on.
+
+    Raises:
+        Mismatch: the fingerprints differ, or the checkpoint names no base.
+    """
+    if manifest.base is None:
+        raise Mismatch(f"checkpoint {manifest.tag!r} records no base model")
+    if manifest.base.fingerprint != source.fingerprint:
+        raise Mismatch(
+            f"{source.name}: not the base this adapter was trained on ({manifest.base.name}): "
+            f"fingerprint {source.fingerprint[7:19]}…, recorded {manifest.base.fingerprint[7:19]}…; pass the right --base"
+        )

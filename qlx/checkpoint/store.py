@@ -1,0 +1,113 @@
+"""Opening and sealing checkpoints: the manifest, and the digests of the files beside it."""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlx.checkpoint.digest import bytes_digest, file_sha256
+from qlx.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from qlx.checkpoint.migrate import migrate_value
+from qlx.checkpoint.strict_json import MAX_BYTES, parse_json
+from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
+
+__all__ = ["Checkpoint", "is_checkpoint", "open_checkpoint", "read_manifest", "seal"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its directory, its manifest, and the digest of the manifest's bytes.
+
+    The digest names the checkpoint as a whole, because the manifest holds every file's digest.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a directory with a manifest."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """The manifest of a checkpoint directory and its digest, without looking at the other files.
+
+    Raises:
+        InputRefused: no directory or no manifest there.
+        Unsupported: a newer format version.
+        CorruptCheckpoint: the manifest does not parse or validate.
+    """
+    file = Path(path) / MANIFEST_FILE
+    if not file.is_file():
+        what = "has no qlx.json, so it is not a qlx checkpoint" if Path(path).is_dir() else "is not a directory"
+        raise InputRefused(f"{path}: {what}")
+    with open(file, "rb") as stream:
+        data = stream.read(MAX_BYTES + 1)
+    value = parse_json(data, str(file))
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise Unsupported(f"{file}: format version {version} is newer than this qlx reads ({FORMAT_VERSION}); upgrade qlx")
+    if isinstance(value, dict):
+        value = migrate_value(value)
+    return parse_manifest(value, str(file)), bytes_digest(data)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint and check that its files are exactly those of the manifest, byte for byte.
+
+    Raises:
+        InputRefused: not a checkpoint.
+        CorruptCheckpoint: a file is changed, missing, added or renamed; the message names it.
+        UnsafeInput: the directory holds links or anything that is not a plain file.
+    """
+    path = Path(path)
+    manifest, digest = read_manifest(path)
+    present = _plain_files(path)
+    for name in sorted(set(manifest.files) - set(present)):
+        raise CorruptCheckpoint(f"{path / name}: the manifest lists this file, but it is missing")
+    for name in sorted(set(present) - set(manifest.files)):
+        raise CorruptCheckpoint(f"{path / name}: this file is not in the manifest; it was added or renamed")
+    for name, entry in sorted(manifest.files.items()):
+        _check_file(path / name, entry)
+    return Checkpoint(path, manifest, digest)
+
+
+def _plain_files(path: Path) -> list[str]:
+    names = []
+    for item in os.scandir(path):
+        if not stat.S_ISREG(item.stat(follow_symlinks=False).st_mode):
+            raise UnsafeInput(f"{item.path}: a checkpoint holds plain files only, no links or directories")
+        if item.name != MANIFEST_FILE:
+            names.append(item.name)
+    return names
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    size = path.stat().st_size
+    if size != entry.size:
+        raise CorruptCheckpoint(f"{path}: {size} bytes long, the manifest says {entry.size}; restore or rebuild it")
+    if file_sha256(path) != entry.sha256:
+        raise CorruptCheckpoint(f"{path}: the content is not what the manifest recorded; restore or rebuild it")
+
+
+def seal(directory: Path, manifest: Manifest) -> Manifest:
+    """Record every file of `directory` in the manifest and write `qlx.json`, last.
+
+    Returns:
+        The manifest as written, with `files` filled in.
+
+    Raises:
+        UnsafeInput: something in the directory is not a plain file.
+        CorruptCheckpoint: a file name the format does not allow.
+    """
+    directory = Path(directory)
+    entries = {
+        name: FileEntry(size=(directory / name).stat().st_size, sha256=file_sha256(directory / name))
+        for name in sorted(_plain_files(directory))
+    }
+    dump = manifest.model_dump(mode="json") | {"files": {k: v.model_dump() for k, v in entries.items()}}
+    sealed = parse_manifest(dump, str(directory / MANIFEST_FILE))
+    (directory / MANIFEST_FILE).write_bytes(sealed.to_bytes())
+    return sealed

@@ -1,0 +1,79 @@
+"""JSON as the format allows it: no duplicate keys, no NaN, bounded size and depth, one canonical spelling."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlx.errors import CorruptCheckpoint
+
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "canonical_json", "load_json", "parse_json"]
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 32
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, two-space indent, UTF-8, final newline.
+
+    Raises:
+        ValueError: the value holds NaN or an infinity.
+    """
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def load_json(path: Path) -> Any:
+    """Parse a JSON file strictly.
+
+    Raises:
+        CorruptCheckpoint: too large, too deep, duplicate keys, NaN, or not JSON; names file and line.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parse JSON bytes strictly; `where` names the source in errors."""
+    if len(data) > MAX_BYTES:
+        raise CorruptCheckpoint(f"{where}: larger than {MAX_BYTES // 2**20} MiB, refused")
+    _check_depth(data, where)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise CorruptCheckpoint(f"{where}: key {key!r} appears twice")
+            result[key] = value
+        return result
+
+    def refuse_constant(name: str) -> float:
+        raise CorruptCheckpoint(f"{where}: {name} is not a JSON number")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+    except UnicodeDecodeError as error:
+        raise CorruptCheckpoint(f"{where}: not UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise CorruptCheckpoint(f"{where}: line {error.lineno}: not JSON ({error.msg})") from error
+
+
+def _check_depth(data: bytes, where: str) -> None:
+    depth = 0
+    in_string = escaped = False
+    for byte in data:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                in_string = False
+        elif byte == 0x22:
+            in_string = True
+        elif byte in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise CorruptCheckpoint(f"{where}: nested deeper than {MAX_DEPTH} levels, refused")
+        elif byte in b"]}":
+            depth -= 1
