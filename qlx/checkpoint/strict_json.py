@@ -1,6 +1,7 @@
 """JSON as the format allows it: no duplicate keys, no NaN, bounded size and depth, one canonical spelling."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ __all__ = ["MAX_BYTES", "MAX_DEPTH", "canonical_json", "load_json", "parse_json"
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 32
+
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_BRACKETS = re.compile(rb"[\[\]{}]")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -60,20 +64,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 def _check_depth(data: bytes, where: str) -> None:
     depth = 0
-    in_string = escaped = False
-    for byte in data:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise CorruptCheckpoint(f"{where}: nested deeper than {MAX_DEPTH} levels, refused")
-        elif byte in b"]}":
-            depth -= 1
+    for match in _BRACKETS.finditer(_STRINGS.sub(b"", data)):
+        depth += 1 if match.group() in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise CorruptCheckpoint(f"{where}: nested deeper than {MAX_DEPTH} levels, refused")

@@ -1,0 +1,25 @@
+"""Recipes: the user's YAML, read strictly into typed sections."""
+
+from qlx.recipe.load import load_recipe
+from qlx.recipe.schema import (
+    AdapterSection,
+    ArchitectureSection,
+    BaseSection,
+    DataSection,
+    ProbeSection,
+    QuantizationSection,
+    Recipe,
+    TrainingSection,
+)
+
+__all__ = [
+    "AdapterSection",
+    "ArchitectureSection",
+    "BaseSection",
+    "DataSection",
+    "ProbeSection",
+    "QuantizationSection",
+    "Recipe",
+    "TrainingSection",
+    "load_recipe",
+]

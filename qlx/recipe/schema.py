@@ -1,0 +1,182 @@
+"""The typed recipe: every field a recipe may have, its unit, its default and its bounds.
+
+Unknown fields are refused. `docs/recipes.md` explains the fields; `recipes/` holds complete examples.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qlx.checkpoint import Task, bytes_digest, canonical_json
+
+__all__ = [
+    "AdapterSection",
+    "ArchitectureSection",
+    "BaseSection",
+    "DataSection",
+    "ProbeSection",
+    "QuantizationSection",
+    "Recipe",
+    "TrainingSection",
+]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ArchitectureSection(_Section):
+    """A model built from nothing: for pretraining a small base. Widths must be multiples of 64 to be packed."""
+
+    model_type: Literal["vit", "llama"]
+    hidden_size: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive | None = None
+    intermediate_size: Positive = 256
+    image_size: Positive = 16
+    patch_size: Positive = 4
+    vocab_size: Positive = 2048
+    max_length: Positive = 256
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.model_type == "vit" and self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+
+class BaseSection(_Section):
+    """The frozen model: a local directory or hub name in `path`, or an architecture to train from scratch."""
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    from_scratch: ArchitectureSection | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.path is None) == (self.from_scratch is None):
+            raise ValueError("give exactly one of path and from_scratch")
+        return self
+
+
+class DataSection(_Section):
+    """Where examples come from.
+
+    Built in: `digits` (scikit-learn), `python-text` and `python-docstrings` (the running Python's own
+    standard library). Yours, with `path`: `images` (a directory with one directory per class), `text`
+    (jsonl, csv or parquet with prompt/completion, messages or text columns).
+    """
+
+    source: Literal["digits", "python-text", "python-docstrings", "images", "text"]
+    path: str | None = None
+    variant: Literal["plain", "shifted"] = "plain"
+    train_limit: Positive | None = None
+    eval_limit: Positive | None = None
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    max_length: Positive = 128
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _path_given(self) -> Self:
+        if (self.path is not None) != (self.source in ("images", "text")):
+            raise ValueError(f"source {self.source!r} {'takes no' if self.path is not None else 'needs a'} path")
+        if self.variant != "plain" and self.source != "digits":
+            raise ValueError("variant is for source 'digits' only")
+        return self
+
+
+class AdapterSection(_Section):
+    """Low-rank adapter. scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+
+    type: Literal["lora"] = "lora"
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Fraction = 0.0
+    target_modules: Literal["auto"] | tuple[str, ...] = "auto"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal["default", "gaussian"] = "default"
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+
+
+class QuantizationSection(_Section):
+    """Quantization of the frozen base; absent means the base stays as it is."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Dtype = "float32"
+    block_size: Literal[64, 128, 256, 512] = 64
+    skip_modules: tuple[str, ...] = ()
+    mode: Literal["manual", "hf"] = "manual"
+
+
+class TrainingSection(_Section):
+    """How long and how fast; `epochs` or `max_steps`, the latter wins."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    batch_size: Positive = 16
+    gradient_accumulation: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    completion_only: bool = True
+    log_every: Positive = 10
+    save_every: Positive = 200
+    seed: int = 0
+
+
+class ProbeSection(_Section):
+    """How many held-out inputs are kept for replay, and how long a text one may be (tokens)."""
+
+    count: Annotated[int, Field(ge=2, le=256)] = 16
+    max_length: Positive = 48
+
+
+class Recipe(_Section):
+    """One training, completely described."""
+
+    name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: Task
+    base: BaseSection
+    data: DataSection
+    adapter: AdapterSection | None = None
+    quantization: QuantizationSection | None = None
+    training: TrainingSection = TrainingSection()
+    probe: ProbeSection = ProbeSection()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.quantization is not None and self.adapter is None:
+            raise ValueError("a quantized base cannot be trained without an adapter; add the section adapter")
+        if self.base.from_scratch is not None and self.adapter is not None:
+            raise ValueError("an adapter needs a pretrained base; give base.path instead of base.from_scratch")
+        vision = self.data.source in ("digits", "images")
+        if vision != (self.task == "image-classification"):
+            raise ValueError(f"data.source {self.data.source!r} does not fit task {self.task!r}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` of the validated content; comments and layout of the file do not matter."""
+        return bytes_digest(canonical_json(self.content()))
+
+    def content(self) -> dict[str, Any]:
+        """The recipe as plain JSON values, defaults filled in."""
+        return self.model_dump(mode="json")
