@@ -1,0 +1,57 @@
+"""Is this checkpoint still the model that training saw? Metrics, limits, replay, report.
+
+Needs numpy; torch or onnxruntime only when a checkpoint is actually run.
+"""
+
+from qlx.verification.metrics import Comparison, compare
+from qlx.verification.replay import (
+    Predictor,
+    base_of,
+    needs_base,
+    predictor_of,
+    probe_of,
+    replay,
+)
+from qlx.verification.report import Report, rows, to_json, to_junit, to_markdown
+from qlx.verification.thresholds import (
+    DEFAULT_MIN_RETENTION,
+    Check,
+    Thresholds,
+    against_thresholds,
+    check_comparison,
+    lossy_steps,
+    own_thresholds,
+    reference_thresholds,
+    tightened,
+)
+from qlx.verification.verify import judge, noise_floor, probe_result, verify, verify_outputs
+
+__all__ = [
+    "DEFAULT_MIN_RETENTION",
+    "Check",
+    "Comparison",
+    "Predictor",
+    "Report",
+    "Thresholds",
+    "against_thresholds",
+    "base_of",
+    "check_comparison",
+    "compare",
+    "judge",
+    "lossy_steps",
+    "needs_base",
+    "noise_floor",
+    "own_thresholds",
+    "predictor_of",
+    "probe_of",
+    "probe_result",
+    "reference_thresholds",
+    "replay",
+    "rows",
+    "tightened",
+    "to_json",
+    "to_junit",
+    "to_markdown",
+    "verify",
+    "verify_outputs",
+]

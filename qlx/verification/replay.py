@@ -1,0 +1,119 @@
+"""Running a checkpoint of any kind on its own probe.
+
+The one place that knows which engine runs which kind: onnxruntime for `onnx`, torch for the rest.
+Both engines are imported when they are needed and not before.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from qlx.checkpoint import (
+    Checkpoint,
+    Manifest,
+    Probe,
+    Source,
+    read_probe,
+    require_base,
+    resolve_source,
+)
+from qlx.errors import InputRefused, Mismatch, require
+from qlx.verification.metrics import Array
+
+__all__ = ["Predictor", "base_of", "needs_base", "predictor_of", "probe_of", "replay"]
+
+
+class Predictor(Protocol):
+    """Whatever gives logits: `predict` takes a probe's inputs, returns f32 `[n, C]` or `[n, T, V]`."""
+
+    def predict(self, inputs: Mapping[str, Array]) -> Array:
+        """Logits of all inputs."""
+        ...
+
+
+def needs_base(manifest: Manifest) -> bool:
+    """Whether this checkpoint holds an adapter only, so that it runs on top of a base."""
+    return (
+        manifest.kind in ("run", "adapter")
+        and manifest.adapter is not None
+        and manifest.adapter.type != "full"
+    )
+
+
+def base_of(checkpoint: Checkpoint, base: Source | str | Path | None = None) -> Source | None:
+    """The base to run `checkpoint` on, checked by fingerprint; None if it needs none and none is given.
+
+    Without `base` the recorded name is tried: a hub name, or a directory relative to here.
+
+    Raises:
+        InputRefused: a base is needed and cannot be found; the message says to pass --base.
+        Mismatch: the base holds other weights than those recorded.
+    """
+    manifest = checkpoint.manifest
+    if base is None and not needs_base(manifest):
+        return None
+    if base is None:
+        if manifest.base is None:
+            raise Mismatch(
+                f"{checkpoint.path}: an adapter that records no base; make it again with save-adapter --base"
+            )
+        base = _recorded_base(checkpoint, manifest.base.name, manifest.base.revision)
+    source = base if isinstance(base, Source) else resolve_source(str(base))
+    require_base(manifest, source)
+    return source
+
+
+def _recorded_base(checkpoint: Checkpoint, name: str, revision: str | None) -> Source:
+    try:
+        return resolve_source(name, revision)
+    except InputRefused as error:
+        raise InputRefused(
+            f"{checkpoint.path}: needs its base model {name}, not found here; pass --base DIR"
+        ) from error
+
+
+def predictor_of(checkpoint: Checkpoint, base: Source | None = None) -> Predictor:
+    """The engine that runs `checkpoint` in fp32 (packed weights in their own codec).
+
+    Raises:
+        MissingExtra: the engine is not installed.
+    """
+    if checkpoint.manifest.kind == "onnx":
+        require("onnxruntime", "serve")
+        from qlx.runtime import OnnxPredictor
+
+        onnx: Predictor = OnnxPredictor(checkpoint.path)
+        return onnx
+    require("torch", "train")
+    from qlx.models import TorchPredictor, load_model
+
+    torch: Predictor = TorchPredictor(load_model(checkpoint, base), checkpoint.manifest.task)
+    return torch
+
+
+def probe_of(checkpoint: Checkpoint) -> Probe:
+    """The probe a checkpoint carries.
+
+    Raises:
+        InputRefused: it carries none.
+        Mismatch: the probe belongs to another task.
+    """
+    record = checkpoint.manifest.probe
+    if record is None:
+        raise InputRefused(
+            f"{checkpoint.path}: carries no probe, so its outputs cannot be checked; compare it with --against"
+        )
+    probe = read_probe(checkpoint.path / record.file)
+    if probe.task != checkpoint.manifest.task:
+        raise Mismatch(
+            f"{checkpoint.path / record.file}: a probe for {probe.task}, the model is for {checkpoint.manifest.task}"
+        )
+    return probe
+
+
+def replay(checkpoint: Checkpoint, base: Source | None = None, probe: Probe | None = None) -> Array:
+    """The outputs of `checkpoint` now, f32, on its own probe's inputs (or on those of `probe`)."""
+    probe = probe or probe_of(checkpoint)
+    return np.asarray(predictor_of(checkpoint, base).predict(probe.inputs), dtype=np.float32)

@@ -1,0 +1,210 @@
+"""What each step is allowed to change, in one table, with the reason that a report prints.
+
+A limit follows from the kind of step alone. It can be tightened by a caller and never loosened.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from qlx.checkpoint import Manifest, Step
+from qlx.errors import UsageError
+from qlx.verification.metrics import Comparison
+
+__all__ = [
+    "DEFAULT_MIN_RETENTION",
+    "Check",
+    "Thresholds",
+    "against_thresholds",
+    "check_comparison",
+    "lossy_steps",
+    "own_thresholds",
+    "reference_thresholds",
+    "tightened",
+]
+
+EXACT_TORCH = 1e-5
+"""Relative error of a torch model that computes the same function in fp32 (summation order only)."""
+EXACT_RUNTIME = 1e-4
+"""Relative error across runtimes (other kernels, fused operators) or across a packed format's kernels."""
+UNIT_ROUNDOFF: Mapping[str, float] = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Largest relative error of rounding one normal number to the dtype."""
+ROUNDING_GROWTH = 8.0
+"""How many times the unit roundoff a few rounded layers may move the logits."""
+DEFAULT_MIN_RETENTION = 0.9
+"""Share of the adapter's effect that a lossy step must keep unless the user asked for another gate."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: what was measured, against which limit, and whether it holds.
+
+    `relation` is "≤" or "≥" where there are numbers, empty where the check is a yes or a no.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    value: float | None = None
+    limit: float | None = None
+    relation: str = ""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Limits of one comparison; None is no limit. `reason` says where they come from.
+
+    `relative`, `max_abs`, `kl_mean` and `kl_p99` are upper limits; `top1`, `top1_decided` and
+    `retention` lower ones.
+    """
+
+    reason: str
+    relative: float | None = None
+    max_abs: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1: float | None = None
+    top1_decided: float | None = None
+    retention: float | None = None
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by metric name."""
+        values = {name: getattr(self, name) for name in (*_UPPER, *_LOWER)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+_UPPER = ("relative", "max_abs", "kl_mean", "kl_p99")
+_LOWER = ("top1", "top1_decided", "retention")
+
+
+def tightened(thresholds: Thresholds, tighten: Mapping[str, float] | None) -> Thresholds:
+    """The same limits, made stricter by name.
+
+    Raises:
+        UsageError: a name is unknown, or a value would loosen the limit.
+    """
+    for name, value in (tighten or {}).items():
+        if name not in (*_UPPER, *_LOWER):
+            raise UsageError(
+                f"there is no limit called {name!r}; choose from {', '.join((*_UPPER, *_LOWER))}"
+            )
+        current: float | None = getattr(thresholds, name)
+        looser = current is not None and (value > current if name in _UPPER else value < current)
+        if looser:
+            raise UsageError(
+                f"{name}={value:g} is looser than this step's own limit {current:g}; limits only tighten"
+            )
+        thresholds = replace(thresholds, reason=thresholds.reason, **{name: value})
+    return thresholds
+
+
+def check_comparison(name: str, comparison: Comparison, thresholds: Thresholds) -> list[Check]:
+    """One check for every limit that is set; a metric that could not be measured fails its limit."""
+    measured = comparison.metrics()
+    checks = []
+    for metric, limit in thresholds.limits().items():
+        value = measured.get(metric)
+        within = value is not None and (value <= limit if metric in _UPPER else value >= limit)
+        detail = (
+            thresholds.reason
+            if value is not None
+            else "could not be measured: the base's outputs are unknown"
+        )
+        relation = "≤" if metric in _UPPER else "≥"
+        checks.append(Check(f"{name}: {metric}", within, detail, value, limit, relation))
+    return checks
+
+
+def lossy_steps(manifest: Manifest) -> tuple[Step, ...]:
+    """The steps of the lineage after which the model no longer computes what training saw.
+
+    They are: a merge onto the original base, a merge or an export in 16 bits, and any pack.
+    """
+    return tuple(step for step in manifest.lineage if _is_lossy(step))
+
+
+def _is_lossy(step: Step) -> bool:
+    if step.command == "merge":
+        return step.options.get("onto") == "original" or step.options.get("dtype") in UNIT_ROUNDOFF
+    if step.command == "export-onnx":
+        return step.options.get("precision") not in (None, "fp32")
+    return step.command == "pack"
+
+
+def own_thresholds(kind: str) -> Thresholds:
+    """Limits for a lossy checkpoint's replay against the outputs recorded when it was made."""
+    if kind == "merged":
+        return Thresholds(
+            "the same weights in fp32: only the order of sums may differ", EXACT_TORCH, top1=1.0
+        )
+    return Thresholds("the same weights through another kernel", EXACT_RUNTIME, top1_decided=1.0)
+
+
+def reference_thresholds(manifest: Manifest, native: float | None, has_base: bool) -> Thresholds:
+    """Limits for a replay against the unmerged model as trained.
+
+    `native` is the relative error that the unmerged model itself makes in training's compute
+    dtype (None: unknown); a step that rounds to 16 bits may make twice that, or the dtype's own
+    bound, whichever is larger. Packed and onto-original checkpoints are judged by retention, which
+    exists where the probe holds the base's outputs (`has_base`).
+    """
+    lossy = lossy_steps(manifest)
+    packs = [step for step in lossy if step.command == "pack"]
+    if packs and has_base:
+        gate = max(_number(step, "min_retention", DEFAULT_MIN_RETENTION) for step in packs)
+        return Thresholds("the gate that pack was run with", retention=gate)
+    if packs:
+        return Thresholds("packed without an adapter: the price is stated, not gated")
+    if any(step.options.get("onto") == "original" for step in lossy):
+        return Thresholds("merged onto the original base: the price is stated, not gated")
+    if lossy:
+        return _rounded(lossy, native, has_base)
+    if manifest.kind == "onnx":
+        return Thresholds("fp32 in another runtime", EXACT_RUNTIME, top1_decided=1.0)
+    return Thresholds("fp32, the same function as in training", EXACT_TORCH, top1=1.0)
+
+
+def against_thresholds(candidate: Manifest, other: Manifest, has_base: bool) -> Thresholds:
+    """Limits for two checkpoints of any kinds compared with each other.
+
+    Two that went through the same lossy steps (or none) compute the same function, and their
+    tolerances add up. Otherwise the one that lost something is judged as against the reference,
+    and where that has no limit, by the default retention.
+    """
+    if lossy_steps(candidate) == lossy_steps(other):
+        allowed = sum(_exact(manifest) for manifest in (candidate, other))
+        return Thresholds(
+            "the same function twice; both tolerances add up", allowed, top1_decided=1.0
+        )
+    sides = [reference_thresholds(manifest, None, has_base) for manifest in (candidate, other)]
+    kept = [side.retention for side in sides if side.retention is not None]
+    relative = [side.relative for side in sides if side.relative is not None]
+    if len(relative) == 2:
+        return Thresholds("the tolerances of both add up", sum(relative), top1_decided=1.0)
+    if has_base:
+        return Thresholds(
+            "the lower of the gates", retention=min(kept, default=DEFAULT_MIN_RETENTION)
+        )
+    return Thresholds("no base to measure retention by", top1=DEFAULT_MIN_RETENTION)
+
+
+def _exact(manifest: Manifest) -> float:
+    return EXACT_RUNTIME if manifest.kind in ("onnx", "packed") else EXACT_TORCH
+
+
+def _rounded(lossy: tuple[Step, ...], native: float | None, has_base: bool) -> Thresholds:
+    dtypes = sorted({_rounded_dtype(step) for step in lossy})
+    bound = max(
+        ROUNDING_GROWTH * max(UNIT_ROUNDOFF[dtype] for dtype in dtypes), 2 * (native or 0.0)
+    )
+    kept = DEFAULT_MIN_RETENTION if has_base else None
+    return Thresholds(f"rounded to {', '.join(dtypes)}", bound, top1_decided=1.0, retention=kept)
+
+
+def _rounded_dtype(step: Step) -> str:
+    dtype = str(step.options.get("dtype"))
+    return dtype if dtype in UNIT_ROUNDOFF else "float16"
+
+
+def _number(step: Step, option: str, default: float) -> float:
+    value = step.options.get(option)
+    return float(value) if isinstance(value, int | float) else default

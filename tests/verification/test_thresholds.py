@@ -1,0 +1,138 @@
+"""Limits by kind of step: what they are, that they only tighten, and that each can fail."""
+
+import numpy as np
+import pytest
+
+from qlx.checkpoint import AdapterSpec, BaseRef, Manifest, QuantSpec, Step
+from qlx.errors import UsageError
+from qlx.verification import (
+    DEFAULT_MIN_RETENTION,
+    Thresholds,
+    against_thresholds,
+    check_comparison,
+    compare,
+    lossy_steps,
+    reference_thresholds,
+    tightened,
+)
+
+
+def manifest(kind, *steps):
+    lineage = tuple(
+        Step(command=command, versions={}, options=options) for command, options in steps
+    )
+    return Manifest(
+        kind=kind,
+        task="causal-lm",
+        tag="t",
+        lineage=lineage,
+        quantization=QuantSpec(scheme="nf4") if kind == "packed" else QuantSpec(),
+        base=BaseRef(name="b", fingerprint="sha256:" + "0" * 64),
+        adapter=AdapterSpec(),
+    )
+
+
+TRAIN = ("train", {})
+MERGE = ("merge", {"onto": "as-trained", "dtype": "float32"})
+MERGE_BF16 = ("merge", {"onto": "as-trained", "dtype": "bfloat16"})
+MERGE_ORIGINAL = ("merge", {"onto": "original", "dtype": "float32"})
+PACK = ("pack", {"to": "nf4", "min_retention": 0.75})
+ONNX = ("export-onnx", {"precision": "fp32"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "expected"),
+    [
+        ("run", [TRAIN], {"relative": 1e-5, "top1": 1.0}),
+        ("adapter", [TRAIN], {"relative": 1e-5, "top1": 1.0}),
+        ("merged", [TRAIN, MERGE], {"relative": 1e-5, "top1": 1.0}),
+        ("merged", [TRAIN, MERGE_BF16], {"relative": 8 / 256, "top1_decided": 1.0, "retention": 0.9}),
+        ("merged", [TRAIN, MERGE_ORIGINAL], {}),
+        ("packed", [TRAIN, MERGE, PACK], {"retention": 0.75}),
+        ("onnx", [TRAIN, MERGE, ONNX], {"relative": 1e-4, "top1_decided": 1.0}),
+        ("onnx", [TRAIN, MERGE, PACK, ONNX], {"retention": 0.75}),
+        ("onnx", [TRAIN, ("export-onnx", {"precision": "fp16"})], {"relative": 8 / 2048, "top1_decided": 1.0, "retention": 0.9}),
+    ],
+)  # fmt: skip
+def test_limits_follow_from_the_steps(kind, steps, expected):
+    assert reference_thresholds(manifest(kind, *steps), None, True).limits() == expected
+
+
+def test_rounding_may_cost_twice_what_training_itself_cost():
+    assert reference_thresholds(
+        manifest("merged", MERGE_BF16), 0.1, True
+    ).relative == pytest.approx(0.2)
+    assert reference_thresholds(manifest("merged", MERGE_BF16), 1e-4, True).relative == 8 / 256
+
+
+def test_lossy_steps_are_found_and_exact_ones_are_not():
+    assert [step.command for step in lossy_steps(manifest("onnx", TRAIN, MERGE, PACK, ONNX))] == [
+        "pack"
+    ]
+    assert lossy_steps(manifest("merged", TRAIN, MERGE)) == ()
+
+
+def test_limits_only_tighten():
+    limits = Thresholds("x", relative=1e-4, top1=0.9)
+    assert tightened(limits, {"relative": 1e-6, "top1": 1.0, "kl_mean": 0.1}).limits() == {
+        "relative": 1e-6, "top1": 1.0, "kl_mean": 0.1,
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="looser"):
+        tightened(limits, {"relative": 1e-3})
+    with pytest.raises(UsageError, match="looser"):
+        tightened(limits, {"top1": 0.5})
+    with pytest.raises(UsageError, match="no limit called 'speed'"):
+        tightened(limits, {"speed": 1})
+
+
+def test_every_limit_can_fail_and_says_so():
+    reference = np.random.default_rng(0).normal(size=(6, 4))
+    limits = Thresholds(
+        "why",
+        relative=1e-5,
+        max_abs=1e-5,
+        kl_mean=1e-9,
+        kl_p99=1e-9,
+        top1=1,
+        top1_decided=1,
+        retention=0.9,
+    )
+    good = check_comparison("x", compare(reference, reference, base=reference * 2), limits)
+    assert [check.passed for check in good] == [True] * 7
+    bad = check_comparison("x", compare(reference, -reference, base=reference * 2), limits)
+    assert [check.passed for check in bad] == [False] * 7
+    assert bad[0].detail == "why"
+    assert bad[0].limit == 1e-5
+
+
+def test_a_limit_that_cannot_be_measured_fails():
+    same = np.eye(3)
+    (check,) = check_comparison("x", compare(same, same), Thresholds("why", retention=0.5))
+    assert not check.passed
+    assert "unknown" in check.detail
+
+
+def test_two_checkpoints_of_one_function_are_held_to_both_tolerances():
+    merged, onnx = manifest("merged", TRAIN, MERGE), manifest("onnx", TRAIN, MERGE, ONNX)
+    assert against_thresholds(onnx, merged, True).limits() == {
+        "relative": pytest.approx(1.1e-4),
+        "top1_decided": 1.0,
+    }
+    packed, exported = (
+        manifest("packed", TRAIN, MERGE, PACK),
+        manifest("onnx", TRAIN, MERGE, PACK, ONNX),
+    )
+    assert against_thresholds(exported, packed, True).limits() == {
+        "relative": pytest.approx(2e-4),
+        "top1_decided": 1.0,
+    }
+
+
+def test_two_checkpoints_of_different_functions_never_go_unjudged():
+    packed, merged = manifest("packed", TRAIN, MERGE, PACK), manifest("merged", TRAIN, MERGE)
+    original = manifest("merged", TRAIN, MERGE_ORIGINAL)
+    assert against_thresholds(packed, merged, True).limits() == {"retention": 0.75}
+    assert against_thresholds(original, merged, True).limits() == {
+        "retention": DEFAULT_MIN_RETENTION
+    }
+    assert against_thresholds(original, merged, False).limits() == {"top1": DEFAULT_MIN_RETENTION}
