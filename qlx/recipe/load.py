@@ -33,7 +33,7 @@ def validate(located: Located, where: str) -> Recipe:
     try:
         return Recipe.model_validate(located.value)
     except ValidationError as error:
-        raise RecipeError(_message(error.errors()[0], located, where)) from error
+        raise RecipeError(_message(error.errors(), located, where)) from error
 
 
 def _override(located: Located, text: str) -> Located:
@@ -54,7 +54,9 @@ def _override(located: Located, text: str) -> Located:
     return Located(tree, {**lines, tuple(parts): 0})
 
 
-def _message(detail: ErrorDetails, located: Located, where: str) -> str:
+def _message(details: Sequence[ErrorDetails], located: Located, where: str) -> str:
+    """Describe the deepest error; what the members of a union each want is joined with `or`."""
+    detail = max(details, key=lambda item: len(_strip_variants(item["loc"], located.value)))
     location = _strip_variants(detail["loc"], located.value)
     line = _line(location, located)
     field = ".".join(str(part) for part in location) or "recipe"
@@ -63,9 +65,15 @@ def _message(detail: ErrorDetails, located: Located, where: str) -> str:
         return f"{place}unknown field {field!r}{_did_you_mean(location)}"
     if detail["type"] == "missing":
         return f"{place}field {field!r} is missing"
-    what = detail["msg"].removeprefix("Value error, ")
+    same = [item["msg"] for item in details if _strip_variants(item["loc"], located.value) == location]
+    what = " or ".join(_plain(message) for message in dict.fromkeys(same))
     shown = "" if isinstance(detail["input"], dict) else f" (it is {detail['input']!r})"
-    return f"{place}{field}: {what[:1].lower()}{what[1:]}{shown}"
+    return f"{place}{field}: {what}{shown}"
+
+
+def _plain(message: str) -> str:
+    text = message.removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "list of names")
+    return f"{text[:1].lower()}{text[1:]}"
 
 
 def _strip_variants(location: Iterable[str | int], value: Any) -> Location:

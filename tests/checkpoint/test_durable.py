@@ -1,0 +1,96 @@
+"""Directories appear whole or not at all; a kill at any instant leaves the old state or the new one."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlx.checkpoint import new_checkpoint, replace_file
+from qlx.errors import NoRoom, UsageError
+
+
+def leftovers(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if name.startswith(".qlx-")]
+
+
+def test_clean_exit_makes_the_directory_with_usual_modes(tmp_path: Path) -> None:
+    with new_checkpoint(tmp_path / "deep" / "new") as staging:
+        (staging / "f").write_text("x")
+        assert not (tmp_path / "deep" / "new").exists()
+    assert (tmp_path / "deep" / "new" / "f").read_text() == "x"
+    assert (tmp_path / "deep" / "new").stat().st_mode & 0o777 == 0o755
+    assert leftovers(tmp_path / "deep") == []
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_any_error_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), new_checkpoint(tmp_path / "new") as staging:
+        (staging / "f").write_text("x")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk_is_no_room(tmp_path: Path) -> None:
+    with pytest.raises(NoRoom, match="disk is full"), new_checkpoint(tmp_path / "new"):
+        raise OSError(errno.ENOSPC, "no space")
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_directories_are_kept_without_force_and_exchanged_with_it(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    target.mkdir()
+    (target / "qlx.json").write_text("old")
+    with pytest.raises(UsageError, match="--force"), new_checkpoint(target):
+        pass
+    with new_checkpoint(target, force=True) as staging:
+        (staging / "qlx.json").write_text("new")
+        assert (target / "qlx.json").read_text() == "old"
+    assert (target / "qlx.json").read_text() == "new"
+    assert leftovers(tmp_path) == []
+
+
+def test_force_never_replaces_what_is_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    for name in ("home", "file", "link"):
+        with pytest.raises(UsageError), new_checkpoint(tmp_path / name, force=True):
+            pass
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years"
+
+
+WRITER = """
+import sys, time, pathlib
+from qlx.checkpoint import new_checkpoint
+target = pathlib.Path(sys.argv[1])
+for round in range(200):
+    with new_checkpoint(target, force=True) as staging:
+        for name in ("a", "b", "qlx.json"):
+            (staging / name).write_text(str(round))
+    print(round, flush=True)
+"""
+
+
+def test_a_kill_at_any_instant_leaves_one_whole_state(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    for delay in (0.0, 0.003, 0.007, 0.013, 0.021):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        contents = {(target / name).read_text() for name in ("a", "b", "qlx.json")}
+        assert len(contents) == 1
+
+
+def test_replace_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"old")
+    replace_file(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert leftovers(tmp_path) == []

@@ -1,0 +1,93 @@
+"""Recipes: strict YAML, typed fields, and errors that name file, line and field."""
+
+from pathlib import Path
+
+import pytest
+
+from qlx.errors import RecipeError
+from qlx.recipe import load_recipe
+
+TEXT = """\
+name: digits-qlora
+task: image-classification
+base:
+  path: runs/digits-base
+data: {source: digits, variant: shifted}
+adapter:
+  rank: 8
+  target_modules: [query, value]
+quantization:
+  quant_type: nf4
+training:
+  learning_rate: 2e-3
+"""
+
+
+def recipe_file(tmp_path: Path, text: str = TEXT) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path))
+    assert recipe.adapter is not None and recipe.quantization is not None
+    assert recipe.adapter.target_modules == ("query", "value")
+    assert recipe.training.learning_rate == 2e-3
+    assert recipe.quantization.double_quant
+
+
+def test_digest_ignores_comments_and_layout_but_not_content(tmp_path: Path) -> None:
+    first = load_recipe(recipe_file(tmp_path)).digest
+    assert load_recipe(recipe_file(tmp_path, "# note\n" + TEXT.replace("  rank: 8", "    rank:   8").replace("  target", "    target"))).digest == first
+    assert load_recipe(recipe_file(tmp_path), ["adapter.rank=9"]).digest != first
+
+
+def test_overrides_apply_and_are_named_in_errors(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path), ["training.max_steps=3", "adapter.target_modules=[a, b]", "probe.count=4"])
+    assert (recipe.training.max_steps, recipe.probe.count) == (3, 4)
+    with pytest.raises(RecipeError, match=r"--set: adapter\.rank"):
+        load_recipe(recipe_file(tmp_path), ["adapter.rank=none"])
+    for text in ("rank", "=3", "adapter..rank=1", "task.x=1"):
+        with pytest.raises(RecipeError, match="--set"):
+            load_recipe(recipe_file(tmp_path), [text])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("rank: 8", "rnak: 8", r"line 7: unknown field 'adapter.rnak'; did you mean 'rank'"),
+        ("rank: 8", "rank: eight", r"line 7: adapter\.rank: .*integer.*'eight'"),
+        ("rank: 8", "rank: 0", r"line 7: adapter\.rank: should be greater than 0"),
+        ("nf4", "nf5", r"line 10: quantization\.quant_type: should be 'nf4' or 'fp4'"),
+        ("[query, value]", "[query, 3]", r"line 8: adapter\.target_modules\.1: should be a valid string"),
+        ("[query, value]", "3", r"line 8: adapter\.target_modules: should be 'auto' or .*list of names"),
+        ("task: image-classification\n", "", "field 'task' is missing"),
+        ("image-classification", "causal-lm", "does not fit task"),
+        ("  path: runs/digits-base", "  revision: x", r"line 3: base: give exactly one of"),
+        ("adapter:\n  rank: 8\n  target_modules: [query, value]\n", "", "needs? a|without an adapter"),
+        ("rank: 8", "rank: 8\n  rank: 9", "line 8: field 'rank' appears twice"),
+        ("rank: 8", "rank: &a 8", "anchors and aliases"),
+        ("rank: 8", "rank: !!python/name:os.system 8", "not allowed"),
+        ("rank: 8", "? [1]\n  : 8", "plain text"),
+        ("rank: 8", "rank: .inf", "adapter.rank"),
+        ("data: {", "data: {{", "not YAML|plain text"),
+        ("learning_rate: 2e-3", "learning_rate: -1", "greater than 0"),
+    ],
+)
+def test_errors_name_file_line_and_field(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in TEXT
+    with pytest.raises(RecipeError, match=says) as error:
+        load_recipe(recipe_file(tmp_path, TEXT.replace(old, new)))
+    assert str(error.value).startswith(str(tmp_path / "r.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_bombs_and_binaries_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for data in (b"\xff\xfe", b"a" * (2**20 + 1), b"[" * 5000, b"- x", b""):
+        path.write_bytes(data)
+        with pytest.raises(RecipeError):
+            load_recipe(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
