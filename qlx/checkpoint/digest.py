@@ -10,7 +10,13 @@ from pathlib import Path
 
 from qlx.weights import WeightSet, open_weights
 
-__all__ = ["bytes_digest", "file_sha256", "fingerprint", "fingerprint_directory", "fingerprint_weights"]
+__all__ = [
+    "bytes_digest",
+    "file_sha256",
+    "fingerprint",
+    "fingerprint_directory",
+    "fingerprint_weights",
+]
 
 _CHUNK = 4 * 2**20
 
@@ -42,7 +48,9 @@ def fingerprint(entries: Iterable[tuple[str, str, tuple[int, ...], Iterable[byte
 
 def fingerprint_weights(weights: WeightSet) -> str:
     """Fingerprint of an opened weight set."""
-    return fingerprint((info.name, info.dtype, info.shape, weights.chunks(info.name)) for info in weights.values())
+    return fingerprint(
+        (info.name, info.dtype, info.shape, weights.chunks(info.name)) for info in weights.values()
+    )
 
 
 def fingerprint_directory(directory: Path) -> str:

@@ -44,7 +44,9 @@ def new_checkpoint(target: Path, *, force: bool = False) -> Iterator[Path]:
         _put_in_place(staging, target, force)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise NoRoom(f"{target}: the disk is full; nothing was written (free space or choose another --output)") from error
+            raise NoRoom(
+                f"{target}: the disk is full; nothing was written (free space or choose another --output)"
+            ) from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -54,9 +56,13 @@ def _check_target(target: Path, force: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target}: exists and is not a directory; choose another --output")
     if target.exists() and not force:
-        raise UsageError(f"{target}: exists already; choose another --output, or replace it with --force")
+        raise UsageError(
+            f"{target}: exists already; choose another --output, or replace it with --force"
+        )
     if target.exists() and any(target.iterdir()) and not (target / "qlx.json").is_file():
-        raise UsageError(f"{target}: is not a qlx checkpoint, so --force will not replace it; remove it yourself")
+        raise UsageError(
+            f"{target}: is not a qlx checkpoint, so --force will not replace it; remove it yourself"
+        )
 
 
 def _put_in_place(staging: Path, target: Path, force: bool) -> None:
@@ -67,7 +73,9 @@ def _put_in_place(staging: Path, target: Path, force: bool) -> None:
             os.rename(staging, target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise UsageError(f"{target}: appeared while this command was writing; nothing was changed") from error
+                raise UsageError(
+                    f"{target}: appeared while this command was writing; nothing was changed"
+                ) from error
             raise
     _sync(target.parent)
 
@@ -77,7 +85,9 @@ def _exchange(staging: Path, target: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     renameat2 = getattr(libc, "renameat2", None)
     if renameat2 is not None:
-        result = renameat2(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE)
+        result = renameat2(
+            _AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE
+        )
         if result == 0:
             return
         if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):

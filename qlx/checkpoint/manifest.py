@@ -41,7 +41,9 @@ def _flat_name(name: str) -> str:
     import re
 
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name) or name == MANIFEST_FILE:
-        raise ValueError(f"{name!r} is not allowed as a file name (letters, digits, '.', '_', '-'; no directories)")
+        raise ValueError(
+            f"{name!r} is not allowed as a file name (letters, digits, '.', '_', '-'; no directories)"
+        )
     return name
 
 

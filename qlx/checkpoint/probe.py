@@ -82,13 +82,19 @@ def read_probe(path: Path) -> Probe:
     if not path.is_file():
         raise CorruptCheckpoint(f"{path}: there is no probe file")
     arrays = read_arrays(path)
-    inputs = {name.removeprefix("input."): array for name, array in arrays.items() if name.startswith("input.")}
+    inputs = {
+        name.removeprefix("input."): array
+        for name, array in arrays.items()
+        if name.startswith("input.")
+    }
     outputs = {name: arrays.get(f"output.{name}") for name in _OUTPUTS}
     reference = outputs.pop("reference")
     if reference is None or not inputs:
         raise CorruptCheckpoint(f"{path}: a probe needs inputs and output.reference")
     lengths = {array.shape[0] for name, array in arrays.items()}
     if len(lengths) != 1:
-        raise CorruptCheckpoint(f"{path}: inputs and outputs are of different lengths {sorted(lengths)}")
+        raise CorruptCheckpoint(
+            f"{path}: inputs and outputs are of different lengths {sorted(lengths)}"
+        )
     task = read_header(path).metadata.get("task", "")
     return Probe(task, inputs, reference, labels=arrays.get("labels"), **outputs)

@@ -47,7 +47,9 @@ def resolve_source(name: str, revision: str | None = None) -> Source:
         return _local(path, str(name), revision)
     repo, _, at = str(name).partition("@")
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise InputRefused(f"{name}: no such directory (a hub model is named owner/model, optionally @revision)")
+        raise InputRefused(
+            f"{name}: no such directory (a hub model is named owner/model, optionally @revision)"
+        )
     return Source(_download(repo, at or revision), repo, at or revision)
 
 
@@ -57,7 +59,9 @@ def _local(path: Path, name: str, revision: str | None) -> Source:
     manifest = open_checkpoint(path).manifest
     whole = manifest.kind != "run" or (manifest.adapter is None or manifest.adapter.type == "full")
     if manifest.kind not in _USABLE_KINDS or not whole:
-        raise InputRefused(f"{path}: a checkpoint of kind {manifest.kind!r} without whole weights cannot be a base; merge it first")
+        raise InputRefused(
+            f"{path}: a checkpoint of kind {manifest.kind!r} without whole weights cannot be a base; merge it first"
+        )
     return Source(path, name, revision, manifest)
 
 
@@ -68,7 +72,9 @@ def _download(repo: str, revision: str | None) -> Path:
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputRefused(f"{repo}: neither a local directory nor to be had from the hub ({reason})") from error
+        raise InputRefused(
+            f"{repo}: neither a local directory nor to be had from the hub ({reason})"
+        ) from error
 
 
 def require_base(manifest: Manifest, source: Source) -> None:
@@ -82,5 +88,6 @@ def require_base(manifest: Manifest, source: Source) -> None:
     if manifest.base.fingerprint != source.fingerprint:
         raise Mismatch(
             f"{source.name}: not the base this adapter was trained on ({manifest.base.name}): "
-            f"fingerprint {source.fingerprint[7:19]}…, recorded {manifest.base.fingerprint[7:19]}…; pass the right --base"
+            f"fingerprint {source.fingerprint[7:19]}…, recorded {manifest.base.fingerprint[7:19]}…; "
+            "pass the right --base"
         )

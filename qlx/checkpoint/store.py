@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlx.checkpoint.digest import bytes_digest, file_sha256
-from qlx.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from qlx.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+)
 from qlx.checkpoint.migrate import migrate_value
 from qlx.checkpoint.strict_json import MAX_BYTES, parse_json
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
@@ -41,14 +47,20 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
-        what = "has no qlx.json, so it is not a qlx checkpoint" if Path(path).is_dir() else "is not a directory"
+        what = (
+            "has no qlx.json, so it is not a qlx checkpoint"
+            if Path(path).is_dir()
+            else "is not a directory"
+        )
         raise InputRefused(f"{path}: {what}")
     with open(file, "rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     value = parse_json(data, str(file))
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise Unsupported(f"{file}: format version {version} is newer than this qlx reads ({FORMAT_VERSION}); upgrade qlx")
+        raise Unsupported(
+            f"{file}: format version {version} is newer than this qlx reads ({FORMAT_VERSION}); upgrade qlx"
+        )
     if isinstance(value, dict):
         value = migrate_value(value)
     return parse_manifest(value, str(file)), bytes_digest(data)
@@ -68,7 +80,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name in sorted(set(manifest.files) - set(present)):
         raise CorruptCheckpoint(f"{path / name}: the manifest lists this file, but it is missing")
     for name in sorted(set(present) - set(manifest.files)):
-        raise CorruptCheckpoint(f"{path / name}: this file is not in the manifest; it was added or renamed")
+        raise CorruptCheckpoint(
+            f"{path / name}: this file is not in the manifest; it was added or renamed"
+        )
     for name, entry in sorted(manifest.files.items()):
         _check_file(path / name, entry)
     return Checkpoint(path, manifest, digest)
@@ -78,7 +92,9 @@ def _plain_files(path: Path) -> list[str]:
     names = []
     for item in os.scandir(path):
         if not stat.S_ISREG(item.stat(follow_symlinks=False).st_mode):
-            raise UnsafeInput(f"{item.path}: a checkpoint holds plain files only, no links or directories")
+            raise UnsafeInput(
+                f"{item.path}: a checkpoint holds plain files only, no links or directories"
+            )
         if item.name != MANIFEST_FILE:
             names.append(item.name)
     return names
@@ -87,9 +103,13 @@ def _plain_files(path: Path) -> list[str]:
 def _check_file(path: Path, entry: FileEntry) -> None:
     size = path.stat().st_size
     if size != entry.size:
-        raise CorruptCheckpoint(f"{path}: {size} bytes long, the manifest says {entry.size}; restore or rebuild it")
+        raise CorruptCheckpoint(
+            f"{path}: {size} bytes long, the manifest says {entry.size}; restore or rebuild it"
+        )
     if file_sha256(path) != entry.sha256:
-        raise CorruptCheckpoint(f"{path}: the content is not what the manifest recorded; restore or rebuild it")
+        raise CorruptCheckpoint(
+            f"{path}: the content is not what the manifest recorded; restore or rebuild it"
+        )
 
 
 def seal(directory: Path, manifest: Manifest) -> Manifest:
@@ -104,10 +124,14 @@ def seal(directory: Path, manifest: Manifest) -> Manifest:
     """
     directory = Path(directory)
     entries = {
-        name: FileEntry(size=(directory / name).stat().st_size, sha256=file_sha256(directory / name))
+        name: FileEntry(
+            size=(directory / name).stat().st_size, sha256=file_sha256(directory / name)
+        )
         for name in sorted(_plain_files(directory))
     }
-    dump = manifest.model_dump(mode="json") | {"files": {k: v.model_dump() for k, v in entries.items()}}
+    dump = manifest.model_dump(mode="json") | {
+        "files": {k: v.model_dump() for k, v in entries.items()}
+    }
     sealed = parse_manifest(dump, str(directory / MANIFEST_FILE))
     (directory / MANIFEST_FILE).write_bytes(sealed.to_bytes())
     return sealed

@@ -55,7 +55,9 @@ def parse_json(data: bytes, where: str) -> Any:
         raise CorruptCheckpoint(f"{where}: {name} is not a JSON number")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant
+        )
     except UnicodeDecodeError as error:
         raise CorruptCheckpoint(f"{where}: not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:

@@ -65,14 +65,20 @@ def _message(details: Sequence[ErrorDetails], located: Located, where: str) -> s
         return f"{place}unknown field {field!r}{_did_you_mean(location)}"
     if detail["type"] == "missing":
         return f"{place}field {field!r} is missing"
-    same = [item["msg"] for item in details if _strip_variants(item["loc"], located.value) == location]
+    same = [
+        item["msg"] for item in details if _strip_variants(item["loc"], located.value) == location
+    ]
     what = " or ".join(_plain(message) for message in dict.fromkeys(same))
     shown = "" if isinstance(detail["input"], dict) else f" (it is {detail['input']!r})"
     return f"{place}{field}: {what}{shown}"
 
 
 def _plain(message: str) -> str:
-    text = message.removeprefix("Value error, ").removeprefix("Input ").replace("valid tuple", "list of names")
+    text = (
+        message.removeprefix("Value error, ")
+        .removeprefix("Input ")
+        .replace("valid tuple", "list of names")
+    )
     return f"{text[:1].lower()}{text[1:]}"
 
 
@@ -105,7 +111,11 @@ def _fields_at(location: Location) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in location:
         field = model.model_fields.get(str(part))
-        inner = [] if field is None else [t for t in _types(field.annotation) if issubclass(t, BaseModel)]
+        inner = (
+            []
+            if field is None
+            else [t for t in _types(field.annotation) if issubclass(t, BaseModel)]
+        )
         if not inner:
             return []
         model = inner[0]

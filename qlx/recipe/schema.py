@@ -26,7 +26,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ArchitectureSection(_Section):
@@ -46,11 +48,15 @@ class ArchitectureSection(_Section):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}"
+            )
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.model_type == "vit" and self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         return self
 
 
@@ -89,7 +95,9 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _path_given(self) -> Self:
         if (self.path is not None) != (self.source in ("images", "text")):
-            raise ValueError(f"source {self.source!r} {'takes no' if self.path is not None else 'needs a'} path")
+            raise ValueError(
+                f"source {self.source!r} {'takes no' if self.path is not None else 'needs a'} path"
+            )
         if self.variant != "plain" and self.source != "digits":
             raise ValueError("variant is for source 'digits' only")
         return self
@@ -152,7 +160,9 @@ class ProbeSection(_Section):
 class Recipe(_Section):
     """One training, completely described."""
 
-    name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[
+        str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    ]
     task: Task
     base: BaseSection
     data: DataSection
@@ -164,9 +174,13 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if self.quantization is not None and self.adapter is None:
-            raise ValueError("a quantized base cannot be trained without an adapter; add the section adapter")
+            raise ValueError(
+                "a quantized base cannot be trained without an adapter; add the section adapter"
+            )
         if self.base.from_scratch is not None and self.adapter is not None:
-            raise ValueError("an adapter needs a pretrained base; give base.path instead of base.from_scratch")
+            raise ValueError(
+                "an adapter needs a pretrained base; give base.path instead of base.from_scratch"
+            )
         vision = self.data.source in ("digits", "images")
         if vision != (self.task == "image-classification"):
             raise ValueError(f"data.source {self.data.source!r} does not fit task {self.task!r}")

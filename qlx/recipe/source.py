@@ -48,14 +48,15 @@ def read_yaml(path: Path) -> Located:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}: line {line}: not YAML ({error.problem})") from error
+        raise _not_yaml(path, error) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{path}: not YAML ({error})") from error
     lines: dict[Location, int] = {}
     value = {} if node is None else _convert(path, node, (), lines)
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: line 1: a recipe is a mapping of sections, not a {type(value).__name__}")
+        raise RecipeError(
+            f"{path}: line 1: a recipe is a mapping of sections, not a {type(value).__name__}"
+        )
     return Located(value, lines)
 
 
@@ -64,12 +65,17 @@ def _refuse_aliases(path: Path, text: str) -> None:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise RecipeError(f"{path}: line {event.start_mark.line + 1}: anchors and aliases are not allowed")
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise RecipeError(f"{path}: line {line}: anchors and aliases are not allowed")
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}: line {line}: not YAML ({error.problem})") from error
+        raise _not_yaml(path, error) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({error})") from error
+
+
+def _not_yaml(path: Path, error: yaml.MarkedYAMLError) -> RecipeError:
+    line = error.problem_mark.line + 1 if error.problem_mark else 1
+    return RecipeError(f"{path}: line {line}: not YAML ({error.problem})")
 
 
 def _convert(path: Path, node: yaml.Node, at: Location, lines: dict[Location, int]) -> Any:
@@ -85,7 +91,9 @@ def _convert(path: Path, node: yaml.Node, at: Location, lines: dict[Location, in
     return _scalar(path, node)
 
 
-def _convert_mapping(path: Path, node: yaml.MappingNode, at: Location, lines: dict[Location, int]) -> dict[str, Any]:
+def _convert_mapping(
+    path: Path, node: yaml.MappingNode, at: Location, lines: dict[Location, int]
+) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -100,14 +108,20 @@ def _convert_mapping(path: Path, node: yaml.MappingNode, at: Location, lines: di
 
 def _scalar(path: Path, node: yaml.ScalarNode) -> Any:
     line = node.start_mark.line + 1
-    if node.tag not in (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")):
-        raise RecipeError(f"{path}: line {line}: {node.tag} is not allowed; use text, numbers, true or false")
+    if node.tag not in (
+        f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")
+    ):
+        raise RecipeError(
+            f"{path}: line {line}: {node.tag} is not allowed; use text, numbers, true or false"
+        )
     if node.tag.endswith(":str"):
         return _number_like(node)
     try:
         return yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{path}: line {line}: {node.value!r} cannot be read ({error})") from error
+        raise RecipeError(
+            f"{path}: line {line}: {node.value!r} cannot be read ({error})"
+        ) from error
 
 
 def _number_like(node: yaml.ScalarNode) -> Any:

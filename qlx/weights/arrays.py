@@ -63,7 +63,9 @@ def _numpy_dtype(path: Path, info: TensorInfo) -> Any:
 
         return ml_dtypes.bfloat16
     if info.dtype not in _NUMPY:
-        raise Unsupported(f"{path}: tensor {info.name!r} has dtype {info.dtype}, which numpy cannot hold")
+        raise Unsupported(
+            f"{path}: tensor {info.name!r} has dtype {info.dtype}, which numpy cannot hold"
+        )
     return _NUMPY[info.dtype]
 
 
@@ -111,7 +113,9 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> "dict[str, t
         weights = open_weights(path)
     else:
         header = read_header(path)
-        weights = WeightSet(path.parent, (path,), {path: header}, dict.fromkeys(header.tensors, path))
+        weights = WeightSet(
+            path.parent, (path,), {path: header}, dict.fromkeys(header.tensors, path)
+        )
     wanted = sorted(weights if names is None else names)
     missing = [name for name in wanted if name not in weights]
     if missing:
@@ -119,7 +123,11 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> "dict[str, t
     return {name: read_tensor(weights, name) for name in wanted}
 
 
-def write_arrays(path: Path, arrays: "Mapping[str, np.ndarray[Any, Any]]", metadata: Mapping[str, str] | None = None) -> None:
+def write_arrays(
+    path: Path,
+    arrays: "Mapping[str, np.ndarray[Any, Any]]",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write numpy arrays (bfloat16 from `ml_dtypes` included) as one safetensors file."""
     import numpy as np
 
@@ -127,7 +135,9 @@ def write_arrays(path: Path, arrays: "Mapping[str, np.ndarray[Any, Any]]", metad
     entries = {}
     for name, array in arrays.items():
         if array.dtype.name not in names:
-            raise Unsupported(f"{path}: array {name!r} has dtype {array.dtype}, which safetensors cannot store")
+            raise Unsupported(
+                f"{path}: array {name!r} has dtype {array.dtype}, which safetensors cannot store"
+            )
         contiguous = np.ascontiguousarray(array)
         entries[name] = (names[array.dtype.name], array.shape, _bytes_of_array(contiguous))
     write_raw(path, entries, metadata)
@@ -137,7 +147,9 @@ def _bytes_of_array(array: "np.ndarray[Any, Any]") -> Callable[[], Iterable[byte
     return lambda: [array.tobytes()]
 
 
-def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None
+) -> None:
     """Write torch tensors as one safetensors file; `metadata` defaults to `{"format": "pt"}`."""
     entries = {
         name: (torch_dtype_name(tensor.dtype), tuple(tensor.shape), _bytes_of_tensor(tensor))
@@ -151,7 +163,7 @@ def _bytes_of_tensor(tensor: "torch.Tensor") -> Callable[[], Iterable[bytes]]:
         import torch
 
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield memoryview(flat.numpy()).tobytes()
+        yield flat.numpy().tobytes()
 
     return pieces
 
@@ -174,7 +186,9 @@ def write_raw(
             dtype, shape, pieces = entries[name]
             written = sum(file.write(piece) for piece in pieces())
             if written != _nbytes(dtype, shape):
-                raise CorruptCheckpoint(f"{path}: tensor {name!r} gave {written} bytes, not {_nbytes(dtype, shape)}")
+                raise CorruptCheckpoint(
+                    f"{path}: tensor {name!r} gave {written} bytes, not {_nbytes(dtype, shape)}"
+                )
         assert file.tell() == 8 + len(header) + total
 
 

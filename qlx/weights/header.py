@@ -72,7 +72,9 @@ def read_header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise CorruptCheckpoint(f"{path}: not a safetensors file ({size} bytes, header length missing)")
+            raise CorruptCheckpoint(
+                f"{path}: not a safetensors file ({size} bytes, header length missing)"
+            )
         length = int.from_bytes(prefix, "little")
         if length > min(_MAX_HEADER, size - 8):
             raise CorruptCheckpoint(
@@ -99,7 +101,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path}: the safetensors header is not valid JSON ({error})") from error
+        raise CorruptCheckpoint(
+            f"{path}: the safetensors header is not valid JSON ({error})"
+        ) from error
     if not isinstance(parsed, dict):
         raise CorruptCheckpoint(f"{path}: the safetensors header is not an object")
     return parsed
@@ -137,7 +141,9 @@ def _check_cover(path: Path, tensors: Mapping[str, TensorInfo], start: int, size
     position = start
     for info in sorted(tensors.values(), key=lambda item: (item.begin, item.end)):
         if info.begin != position:
-            raise CorruptCheckpoint(f"{path}: tensor {info.name!r} leaves a gap or overlaps its neighbour")
+            raise CorruptCheckpoint(
+                f"{path}: tensor {info.name!r} leaves a gap or overlaps its neighbour"
+            )
         position = info.end
     if position != size:
         raise CorruptCheckpoint(f"{path}: {size} bytes long, but its tensors end at {position}")

@@ -87,10 +87,15 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path}: not a shard index ({error})") from error
     if not isinstance(mapping, dict) or not all(
-        isinstance(shard, str) and shard.endswith(".safetensors") and "/" not in shard and "\\" not in shard
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and "/" not in shard
+        and "\\" not in shard
         for shard in mapping.values()
     ):
-        raise CorruptCheckpoint(f"{path}: weight_map must name .safetensors files of the same directory")
+        raise CorruptCheckpoint(
+            f"{path}: weight_map must name .safetensors files of the same directory"
+        )
     return mapping
 
 
@@ -103,11 +108,15 @@ def _gather(directory: Path, paths: list[Path], index: dict[str, str] | None) ->
         headers[path] = read_header(path)
         for name in headers[path].tensors:
             if name in places:
-                raise CorruptCheckpoint(f"{directory}: tensor {name!r} is in {places[name].name} and in {path.name}")
+                raise CorruptCheckpoint(
+                    f"{directory}: tensor {name!r} is in {places[name].name} and in {path.name}"
+                )
             places[name] = path
     if index is not None:
         expected = {name: directory / shard for name, shard in index.items()}
         wrong = sorted(set(expected.items()) ^ set(places.items()))
         if wrong:
-            raise CorruptCheckpoint(f"{directory / INDEX_FILE}: does not describe the shards (first: {wrong[0][0]!r})")
+            raise CorruptCheckpoint(
+                f"{directory / INDEX_FILE}: does not describe the shards (first: {wrong[0][0]!r})"
+            )
     return WeightSet(directory, tuple(paths), headers, places)

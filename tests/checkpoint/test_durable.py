@@ -80,7 +80,9 @@ for round in range(200):
 def test_a_kill_at_any_instant_leaves_one_whole_state(tmp_path: Path) -> None:
     target = tmp_path / "t"
     for delay in (0.0, 0.003, 0.007, 0.013, 0.021):
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None
             process.stdout.readline()
             time.sleep(delay)

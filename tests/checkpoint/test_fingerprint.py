@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from qlx.checkpoint import fingerprint, fingerprint_directory
 from qlx.weights import write_tensors
 
-TENSORS = {"a": torch.randn(4, 6), "b": torch.randn(8).half(), "c": torch.arange(8, dtype=torch.int64)}
+TENSORS = {
+    "a": torch.randn(4, 6),
+    "b": torch.randn(8).half(),
+    "c": torch.arange(8, dtype=torch.int64),
+}
 
 
-def single(directory: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+def single(
+    directory: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> str:
     directory.mkdir()
     write_tensors(directory / "model.safetensors", tensors, metadata)
     return fingerprint_directory(directory)
@@ -40,7 +46,10 @@ def test_name_shape_and_dtype_matter(tmp_path: Path) -> None:
         "swapped": {**TENSORS, "c": TENSORS["c"].flip(0)},
         "fewer": {k: v for k, v in TENSORS.items() if k != "c"},
     }
-    assert len({whole, *(single(tmp_path / name, tensors) for name, tensors in changes.items())}) == len(changes) + 1
+    assert (
+        len({whole, *(single(tmp_path / name, tensors) for name, tensors in changes.items())})
+        == len(changes) + 1
+    )
 
 
 @settings(max_examples=60, deadline=None)

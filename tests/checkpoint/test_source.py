@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlx.checkpoint import AdapterSpec, BaseRef, Manifest, new_checkpoint, require_base, resolve_source, seal
+from qlx.checkpoint import (
+    AdapterSpec,
+    BaseRef,
+    Manifest,
+    new_checkpoint,
+    require_base,
+    resolve_source,
+    seal,
+)
 from qlx.errors import InputRefused, Mismatch
 from qlx.weights import write_tensors
 
@@ -14,12 +22,18 @@ MARK = "sha256:" + "ab" * 32
 
 def plain(path: Path, seed: int = 0) -> Path:
     path.mkdir()
-    write_tensors(path / "model.safetensors", {"w": torch.randn(3, generator=torch.Generator().manual_seed(seed))})
+    write_tensors(
+        path / "model.safetensors",
+        {"w": torch.randn(3, generator=torch.Generator().manual_seed(seed))},
+    )
     return path
 
 
 def test_plain_directory_is_fingerprinted_and_matched(tmp_path: Path) -> None:
-    right, wrong = resolve_source(str(plain(tmp_path / "a"))), resolve_source(str(plain(tmp_path / "b", seed=1)))
+    right, wrong = (
+        resolve_source(str(plain(tmp_path / "a"))),
+        resolve_source(str(plain(tmp_path / "b", seed=1))),
+    )
     manifest = Manifest(kind="run", task="causal-lm", tag="t", base=right.reference())
     require_base(manifest, right)
     with pytest.raises(Mismatch, match="not the base"):
@@ -31,7 +45,16 @@ def test_an_adapter_cannot_be_a_base(tmp_path: Path) -> None:
     with new_checkpoint(tmp_path / "x") as staging:
         (staging / "f").write_text("x")
         spec = AdapterSpec(rank=1, alpha=1)
-        seal(staging, Manifest(kind="adapter", task="causal-lm", tag="t", base=BaseRef(name="b", fingerprint=MARK), adapter=spec))
+        seal(
+            staging,
+            Manifest(
+                kind="adapter",
+                task="causal-lm",
+                tag="t",
+                base=BaseRef(name="b", fingerprint=MARK),
+                adapter=spec,
+            ),
+        )
     with pytest.raises(InputRefused, match="cannot be a base"):
         resolve_source(str(tmp_path / "x"))
 
@@ -42,7 +65,9 @@ def test_missing_directories_are_said_so(name: str) -> None:
         resolve_source(name)
 
 
-def test_hub_names_without_a_network_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_names_without_a_network_are_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

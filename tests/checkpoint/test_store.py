@@ -34,7 +34,9 @@ def manifest() -> Manifest:
         task="causal-lm",
         tag="tiny_SFT_LoRa8_QLORA_w4",
         base=BaseRef(name="base", fingerprint=MARK),
-        quantization=QuantSpec(method="qlora", scheme="nf4", group_size=64, weight_bits=4, modules=("a.q",)),
+        quantization=QuantSpec(
+            method="qlora", scheme="nf4", group_size=64, weight_bits=4, modules=("a.q",)
+        ),
         adapter=AdapterSpec(rank=8, alpha=16, tensors={"a.q": "a.query.weight"}),
         lineage=(next_step("train", parents=[MARK], seed=1, options={"x": 1}),),
         probe=ProbeRecord(reference="unmerged"),
@@ -44,7 +46,13 @@ def manifest() -> Manifest:
 def probe() -> Probe:
     logits = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
     ids = np.array([[1, 2, 3], [4, 5, 0]])
-    return Probe("causal-lm", {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}, logits, base=logits * 2, labels=ids)
+    return Probe(
+        "causal-lm",
+        {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)},
+        logits,
+        base=logits * 2,
+        labels=ids,
+    )
 
 
 def make(target: Path) -> Path:
@@ -56,7 +64,9 @@ def make(target: Path) -> Path:
 
 
 def test_manifest_round_trip() -> None:
-    sealed = manifest().with_result(ProbeResult(step="merge", against="reference", metrics={"relative": 1e-7}, passed=True))
+    sealed = manifest().with_result(
+        ProbeResult(step="merge", against="reference", metrics={"relative": 1e-7}, passed=True)
+    )
     again = parse_manifest(sealed.model_dump(mode="json"), "here")
     assert again == sealed
     assert again.to_bytes() == sealed.to_bytes()
@@ -130,7 +140,17 @@ def test_names_the_format_does_not_allow_cannot_be_sealed(tmp_path: Path, name: 
         ({"surprise": 1}, "surprise"),
         ({"base": None}, "needs the fields adapter and base"),
         ({"base": {"name": "b", "fingerprint": "md5:0"}}, "fingerprint"),
-        ({"probe": {"reference": "r", "results": [{"step": "s", "against": "a", "metrics": {"x": "nan"}, "passed": True}]}}, "metrics"),
+        (
+            {
+                "probe": {
+                    "reference": "r",
+                    "results": [
+                        {"step": "s", "against": "a", "metrics": {"x": "nan"}, "passed": True}
+                    ],
+                }
+            },
+            "metrics",
+        ),
     ],
 )
 def test_fields_out_of_line_are_named(change: dict[str, object], says: str) -> None:
@@ -151,7 +171,9 @@ def test_newer_versions_and_non_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 def test_probe_of_uneven_length_is_refused(tmp_path: Path) -> None:
-    bad = Probe("causal-lm", {"input_ids": np.zeros((3, 2), np.int64)}, np.zeros((2, 2, 4), np.float32))
+    bad = Probe(
+        "causal-lm", {"input_ids": np.zeros((3, 2), np.int64)}, np.zeros((2, 2, 4), np.float32)
+    )
     write_probe(tmp_path / "probe.safetensors", bad)
     with pytest.raises(CorruptCheckpoint, match="different lengths"):
         read_probe(tmp_path)

@@ -39,12 +39,24 @@ def test_a_good_recipe(tmp_path: Path) -> None:
 
 def test_digest_ignores_comments_and_layout_but_not_content(tmp_path: Path) -> None:
     first = load_recipe(recipe_file(tmp_path)).digest
-    assert load_recipe(recipe_file(tmp_path, "# note\n" + TEXT.replace("  rank: 8", "    rank:   8").replace("  target", "    target"))).digest == first
+    assert (
+        load_recipe(
+            recipe_file(
+                tmp_path,
+                "# note\n"
+                + TEXT.replace("  rank: 8", "    rank:   8").replace("  target", "    target"),
+            )
+        ).digest
+        == first
+    )
     assert load_recipe(recipe_file(tmp_path), ["adapter.rank=9"]).digest != first
 
 
 def test_overrides_apply_and_are_named_in_errors(tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_file(tmp_path), ["training.max_steps=3", "adapter.target_modules=[a, b]", "probe.count=4"])
+    recipe = load_recipe(
+        recipe_file(tmp_path),
+        ["training.max_steps=3", "adapter.target_modules=[a, b]", "probe.count=4"],
+    )
     assert (recipe.training.max_steps, recipe.probe.count) == (3, 4)
     with pytest.raises(RecipeError, match=r"--set: adapter\.rank"):
         load_recipe(recipe_file(tmp_path), ["adapter.rank=none"])
@@ -60,12 +72,24 @@ def test_overrides_apply_and_are_named_in_errors(tmp_path: Path) -> None:
         ("rank: 8", "rank: eight", r"line 7: adapter\.rank: .*integer.*'eight'"),
         ("rank: 8", "rank: 0", r"line 7: adapter\.rank: should be greater than 0"),
         ("nf4", "nf5", r"line 10: quantization\.quant_type: should be 'nf4' or 'fp4'"),
-        ("[query, value]", "[query, 3]", r"line 8: adapter\.target_modules\.1: should be a valid string"),
-        ("[query, value]", "3", r"line 8: adapter\.target_modules: should be 'auto' or .*list of names"),
+        (
+            "[query, value]",
+            "[query, 3]",
+            r"line 8: adapter\.target_modules\.1: should be a valid string",
+        ),
+        (
+            "[query, value]",
+            "3",
+            r"line 8: adapter\.target_modules: should be 'auto' or .*list of names",
+        ),
         ("task: image-classification\n", "", "field 'task' is missing"),
         ("image-classification", "causal-lm", "does not fit task"),
         ("  path: runs/digits-base", "  revision: x", r"line 3: base: give exactly one of"),
-        ("adapter:\n  rank: 8\n  target_modules: [query, value]\n", "", "needs? a|without an adapter"),
+        (
+            "adapter:\n  rank: 8\n  target_modules: [query, value]\n",
+            "",
+            "needs? a|without an adapter",
+        ),
         ("rank: 8", "rank: 8\n  rank: 9", "line 8: field 'rank' appears twice"),
         ("rank: 8", "rank: &a 8", "anchors and aliases"),
         ("rank: 8", "rank: !!python/name:os.system 8", "not allowed"),

@@ -54,7 +54,9 @@ def test_contradictions_are_refused(tmp_path: Path, header: Any, says: str) -> N
         read_header(write(tmp_path / "x", header))
 
 
-@pytest.mark.parametrize("data", [b"", b"1234567", (2**62).to_bytes(8, "little"), (50).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "data", [b"", b"1234567", (2**62).to_bytes(8, "little"), (50).to_bytes(8, "little") + b"{}"]
+)
 def test_truncated_and_absurd_lengths_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(CorruptCheckpoint):
@@ -80,12 +82,18 @@ def test_written_files_come_back_here_and_in_the_reference_reader(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[str, tuple[int, ...]]]
 ) -> None:
     tensors.pop("__metadata__", None)
-    arrays = {name: np.random.default_rng(0).integers(0, 2, shape).astype(dtype) for name, (dtype, shape) in tensors.items()}
+    arrays = {
+        name: np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
+        for name, (dtype, shape) in tensors.items()
+    }
     path = tmp_path_factory.mktemp("w") / "x.safetensors"
     write_arrays(path, arrays, {"task": "t"})
     for back in (read_arrays(path), load_file(path)):
         assert set(back) == set(arrays)
-        assert all(np.array_equal(back[name], arrays[name]) and back[name].dtype == arrays[name].dtype for name in arrays)
+        assert all(
+            np.array_equal(back[name], arrays[name]) and back[name].dtype == arrays[name].dtype
+            for name in arrays
+        )
 
 
 def test_two_writes_are_byte_identical_whatever_the_order(tmp_path: Path) -> None:

@@ -9,7 +9,11 @@ import torch
 from qlx.errors import CorruptCheckpoint, InputRefused
 from qlx.weights import open_weights, read_tensors, write_tensors
 
-TENSORS = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.arange(4, dtype=torch.uint8)}
+TENSORS = {
+    "a": torch.randn(3, 4),
+    "b": torch.randn(5).bfloat16(),
+    "c": torch.arange(4, dtype=torch.uint8),
+}
 
 
 def sharded(directory: Path, index: dict[str, str] | None = None) -> Path:
