@@ -1,0 +1,38 @@
+"""How much memory a training takes, told before a byte is loaded: shapes, parts, tables, suggestions.
+
+Pure Python on numbers; nothing here reads weights or imports a numeric library.
+"""
+
+from qlx.planning.memory import (
+    Parts,
+    Plan,
+    Setup,
+    WeightFormat,
+    plan_size,
+    weight_format,
+)
+from qlx.planning.recipes import plan_recipe
+from qlx.planning.shapes import PUBLIC_SHAPES, Shape, shape_from_config, shape_from_count
+from qlx.planning.suggest import SizeTable, size_table, suggest
+from qlx.planning.units import format_bytes, format_count, parse_bytes, parse_count
+
+__all__ = [
+    "PUBLIC_SHAPES",
+    "Parts",
+    "Plan",
+    "Setup",
+    "Shape",
+    "SizeTable",
+    "WeightFormat",
+    "format_bytes",
+    "format_count",
+    "parse_bytes",
+    "parse_count",
+    "plan_recipe",
+    "plan_size",
+    "shape_from_config",
+    "shape_from_count",
+    "size_table",
+    "suggest",
+    "weight_format",
+]

@@ -1,0 +1,99 @@
+"""From a recipe to a plan: the base's shape, and the setup that the recipe's sections describe."""
+
+from pathlib import Path
+
+from qlx.checkpoint import load_json
+from qlx.errors import InputRefused, Unsupported
+from qlx.planning.memory import Plan, Setup, plan_shape, weight_format
+from qlx.planning.shapes import (
+    ATTENTION,
+    MLP,
+    PUBLIC_SHAPES,
+    Shape,
+    roles_of,
+    shape_from_config,
+)
+from qlx.recipe import Recipe
+from qlx.recipe.schema import ArchitectureSection, BaseSection
+
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plan_recipe(recipe: Recipe, *, device: str = "cuda") -> Plan:
+    """The plan of one training; reads at most the base's config.json.
+
+    Raises:
+        InputRefused: the base is neither a directory with a config.json nor a known public model.
+        Unsupported: a target module or architecture whose size is not known.
+    """
+    return plan_shape(base_shape(recipe.base), recipe_setup(recipe, device))
+
+
+def base_shape(base: BaseSection) -> Shape:
+    """The shape of a recipe's base.
+
+    Raises:
+        InputRefused: nothing local by that name, and no public model that is known here.
+    """
+    if base.from_scratch is not None:
+        return _scratch_shape(base.from_scratch)
+    name = str(base.path)
+    config = Path(name) / "config.json"
+    if config.is_file():
+        return shape_from_config(load_json(config), name)
+    public = PUBLIC_SHAPES.get(name.partition("@")[0])
+    if public is None:
+        raise InputRefused(
+            f"{name}: no config.json there, and not among the public models whose shape is known; "
+            "plan by size instead (qlx plan --params 7B)"
+        )
+    return public
+
+
+def _scratch_shape(section: ArchitectureSection) -> Shape:
+    vision = section.model_type == "vit"
+    config: dict[str, object] = {
+        "hidden_size": section.hidden_size,
+        "num_hidden_layers": section.layers,
+        "num_attention_heads": section.heads,
+        "num_key_value_heads": section.kv_heads or section.heads,
+        "intermediate_size": section.intermediate_size,
+    }
+    if vision:
+        config |= {"image_size": section.image_size, "patch_size": section.patch_size}
+    else:
+        config |= {"vocab_size": section.vocab_size, "tie_word_embeddings": True}
+    return shape_from_config(config, f"{section.model_type} from scratch")
+
+
+def recipe_setup(recipe: Recipe, device: str) -> Setup:
+    """What the recipe's sections say about memory.
+
+    Raises:
+        Unsupported: a target module whose size is not known.
+    """
+    adapter, quantization, training = recipe.adapter, recipe.quantization, recipe.training
+    dtype = quantization.compute_dtype if quantization else recipe.base.dtype
+    if quantization:
+        weights = weight_format(
+            quantization.quant_type,
+            group_size=quantization.block_size,
+            double_quant=quantization.double_quant,
+        )
+    else:
+        weights = weight_format(recipe.base.dtype)
+    roles: tuple[str, ...] = (*ATTENTION, *MLP)
+    if adapter and adapter.target_modules != "auto":
+        roles = roles_of(adapter.target_modules)
+    if adapter and not roles:
+        raise Unsupported(f"recipe {recipe.name!r}: adapter.target_modules is empty")
+    return Setup(
+        weights=weights,
+        rank=adapter.rank if adapter else 0,
+        roles=roles,
+        tokens=recipe.data.max_length,
+        batch=training.batch_size,
+        checkpointing=training.gradient_checkpointing,
+        compute_bytes=_WIDTH[dtype],
+        device=device,
+    )

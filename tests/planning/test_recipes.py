@@ -1,0 +1,67 @@
+"""Plans of recipes: each section reaches the setup, and bases that cannot be known are refused."""
+
+import json
+
+import pytest
+
+from qlx.errors import InputRefused
+from qlx.planning import plan_recipe
+from qlx.recipe import load_recipe
+
+RECIPE = """
+name: plan-me
+task: causal-lm
+base: {path: BASE, dtype: bfloat16}
+data: {source: python-docstrings, max_length: 512}
+adapter: {rank: 8, target_modules: [q_proj, v_proj]}
+quantization: {quant_type: nf4, double_quant: true, compute_dtype: bfloat16}
+training: {batch_size: 4, gradient_checkpointing: true}
+"""
+CONFIG = {
+    "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 512,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.replace("BASE", str(tmp_path)))
+    return file
+
+
+def test_every_section_reaches_the_plan(recipe_file):
+    plan = plan_recipe(load_recipe(recipe_file))
+    assert (plan.shape.hidden, plan.shape.vocab) == (128, 512)
+    setup = plan.setup
+    assert (setup.rank, setup.roles, setup.tokens, setup.batch) == (8, ("q", "v"), 512, 4)
+    assert (setup.weights.name, setup.compute_bytes, setup.checkpointing) == ("nf4", 2, True)
+    assert plan.trained_parameters == 2 * 8 * ((128 + 128) + (128 + 64))
+
+
+@pytest.mark.parametrize(
+    ("override", "part", "larger"),
+    [
+        ("quantization.compute_dtype=float32", "activations", True),
+        ("training.gradient_checkpointing=false", "activations", True),
+        ("quantization.double_quant=false", "constants", True),
+        ("adapter.rank=32", "optimizer", True),
+        ("data.max_length=128", "activations", False),
+    ],
+)
+def test_a_changed_field_changes_its_part(recipe_file, override, part, larger):
+    before = getattr(plan_recipe(load_recipe(recipe_file)).parts, part)
+    after = getattr(plan_recipe(load_recipe(recipe_file, [override])).parts, part)
+    assert (after > before) == larger
+    assert after != before
+
+
+def test_a_public_base_needs_no_files(recipe_file):
+    plan = plan_recipe(load_recipe(recipe_file, ["base.path=Qwen/Qwen3-0.6B"]))
+    assert plan.shape.name == "Qwen/Qwen3-0.6B"
+
+
+def test_an_unknown_base_is_refused(recipe_file):
+    with pytest.raises(InputRefused, match="nowhere/at-all"):
+        plan_recipe(load_recipe(recipe_file, ["base.path=nowhere/at-all"]))
