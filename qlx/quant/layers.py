@@ -1,0 +1,158 @@
+"""Quantizing a model in place, and what applies to all of its quantized layers at once."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlx.checkpoint import QuantSpec
+from qlx.errors import Unsupported, require
+from qlx.quant.codec4bit import PackedTensor, quantize_tensor, torch_dtype_of
+
+__all__ = [
+    "HEAD_NAMES",
+    "eligible_modules",
+    "guard_bitsandbytes",
+    "linear4bit_modules",
+    "packed_of_module",
+    "quantize_model",
+    "set_compute_dtype",
+]
+
+HEAD_NAMES = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "head", "fc")
+"""Last name components of output heads: small, precise, often trained; never quantized."""
+
+
+def eligible_modules(
+    model: nn.Module, skip_modules: Iterable[str] = (), group_size: int = 64
+) -> list[str]:
+    """Names of the `nn.Linear` layers to quantize, in the order of the model.
+
+    Left out: heads (`HEAD_NAMES`, and what the model calls its output embeddings), layers whose
+    weight another module shares, and those that `skip_modules` names. An entry names a layer or a
+    whole part of the model by dotted components: `mlp`, `layers.0`, `vit.layers.3.attention`.
+
+    Raises:
+        Unsupported: a layer's inputs are no multiple of `group_size` (which bitsandbytes would
+            read wrongly), or an entry of `skip_modules` matches nothing.
+    """
+    skips = tuple(skip_modules)
+    _check_skips(model, skips)
+    shared = _shared_weights(model)
+    names, odd = [], []
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or id(module.weight) in shared:
+            continue
+        if name.rpartition(".")[2] in HEAD_NAMES or any(_names_part(name, s) for s in skips):
+            continue
+        names.append(name)
+        if module.in_features % group_size:
+            odd.append(f"{name} ({module.in_features})")
+    if odd:
+        raise Unsupported(
+            f"inputs are no multiple of the block size {group_size} in {', '.join(odd[:4])}"
+            f"{' and others' if len(odd) > 4 else ''}; add them to skip_modules"
+        )
+    return names
+
+
+def _names_part(name: str, entry: str) -> bool:
+    """Whether the dotted components of `entry` occur in a row in those of `name`."""
+    return f".{entry}." in f".{name}."
+
+
+def _check_skips(model: nn.Module, skips: tuple[str, ...]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for entry in skips:
+        if not any(_names_part(name, entry) for name in names):
+            raise Unsupported(f"skip_modules: {entry!r} names no part of this model")
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Ids of parameters held by several modules, and of the output embedding's weight."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (shared if id(parameter) in seen else seen).add(id(parameter))
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(output, "weight", None)
+    return shared if weight is None else shared | {id(weight)}
+
+
+def quantize_model(model: nn.Module, spec: QuantSpec) -> list[str]:
+    """Replace every eligible `nn.Linear` by a guarded 4-bit layer, in place; returns their names.
+
+    Codes come from qlx's own codec, so merging and packing find the same ones on any machine. The
+    layers declare float32 as the dtype to dequantize to: their values are level * absmax whatever
+    dtype the base was loaded in.
+
+    Raises:
+        Unsupported: as `eligible_modules`, and when no layer is eligible.
+    """
+    require("bitsandbytes", "train")
+    from qlx.quant.guard import guarded_linear
+
+    names = eligible_modules(model, spec.skip_modules, spec.group_size or 64)
+    if not names:
+        raise Unsupported("no linear layer of this model can be quantized")
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        packed = replace(quantize_tensor(linear.weight, spec), dtype=torch.float32)
+        layer = guarded_linear(packed, linear.bias, torch_dtype_of(spec.compute_dtype))
+        layer.train(linear.training)
+        model.set_submodule(name, layer.to(linear.weight.device))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # how PEFT knows
+    return names
+
+
+def linear4bit_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every bitsandbytes 4-bit linear layer of a model, guarded or not, with its name."""
+    bnb = require("bitsandbytes", "train")
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            yield name, module
+
+
+def guard_bitsandbytes(model: nn.Module) -> int:
+    """Make every bitsandbytes 4-bit linear layer exact and non-mutating; returns how many.
+
+    Call it after loading and before the first forward. See `qlx.quant.guard`.
+
+    Raises:
+        Unsupported: a layer cannot be made right (the message says why and what to do).
+    """
+    require("bitsandbytes", "train")
+    from qlx.quant.guard import guard_module
+
+    layers = list(linear4bit_modules(model))
+    for name, module in layers:
+        guard_module(name, module)
+    return len(layers)
+
+
+def packed_of_module(module: nn.Module) -> PackedTensor:
+    """Codes and scales of a quantized bitsandbytes `Linear4bit`, sharing its memory.
+
+    Raises:
+        Unsupported: the layer is not quantized yet, or bitsandbytes has repacked it.
+    """
+    require("bitsandbytes", "train")
+    from qlx.quant.guard import packed_of_module as of_module
+
+    return of_module(module)
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let every 4-bit layer multiply in `dtype`; codes, scales and other layers stay as they are."""
+    from qlx.quant.export_linear import PackedLinear
+
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.compute_dtype = dtype
+    for _, layer in linear4bit_modules(model):
+        layer.compute_dtype = dtype
+        layer.compute_type_is_set = True

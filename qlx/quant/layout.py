@@ -1,0 +1,201 @@
+"""The bitsandbytes layout of a 4-bit weight in a safetensors file, written and read strictly.
+
+Beside the codes under the weight's own name lie `.absmax`, `.quant_map`, with double quantization
+`.nested_absmax` and `.nested_quant_map`, and a JSON text as bytes with everything that is not a
+tensor. A directory written from these entries loads in transformers with bitsandbytes alone.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlx.checkpoint import bytes_digest, parse_json
+from qlx.errors import CorruptCheckpoint, Unsupported
+from qlx.quant.codec4bit import (
+    BLOCK_SIZES,
+    NESTED_BLOCK,
+    NestedScales,
+    PackedTensor,
+    Scheme,
+    levels,
+    torch_dtype_of,
+    unnest_scales,
+)
+
+__all__ = [
+    "entry_names",
+    "is_packed_weight",
+    "packed_entries",
+    "packed_fingerprint",
+    "packed_from_entries",
+]
+
+_SCHEMES: tuple[Scheme, ...] = ("nf4", "fp4")
+_STATE = ".quant_state.bitsandbytes__"
+
+
+def entry_names(name: str, scheme: Scheme, *, nested: bool) -> tuple[str, ...]:
+    """Names of all tensors that make up the packed weight `name`, itself first."""
+    plain = (name, f"{name}.absmax", f"{name}.quant_map", f"{name}{_STATE}{scheme}")
+    return (*plain, f"{name}.nested_absmax", f"{name}.nested_quant_map") if nested else plain
+
+
+def is_packed_weight(names: Iterable[str], name: str) -> bool:
+    """Whether `name` is a 4-bit weight among the tensor `names` of a checkpoint."""
+    known = names if isinstance(names, Mapping | set | frozenset) else set(names)
+    return any(f"{name}{_STATE}{scheme}" in known for scheme in _SCHEMES)
+
+
+def packed_entries(packed: PackedTensor, name: str) -> dict[str, Tensor]:
+    """The tensors to store for a packed weight, by name.
+
+    Codes uint8 [bytes, 1]; absmax float32 [blocks], or uint8 [blocks] under double quantization;
+    the state uint8 [JSON bytes]. `packed_from_entries` is the inverse.
+    """
+    state: dict[str, Any] = {
+        "quant_type": packed.scheme,
+        "blocksize": packed.block_size,
+        "dtype": str(packed.dtype).removeprefix("torch."),
+        "shape": list(packed.shape),
+    }
+    entries = {
+        name: packed.codes.view(-1, 1),
+        f"{name}.absmax": packed.absmax,
+        f"{name}.quant_map": levels(packed.scheme).clone(),
+    }
+    if packed.nested is not None:
+        state |= {
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": packed.nested.offset.item(),
+        }
+        entries[f"{name}.absmax"] = packed.nested.codes
+        entries[f"{name}.nested_absmax"] = packed.nested.absmax
+        entries[f"{name}.nested_quant_map"] = packed.nested.map.clone()
+    text = json.dumps(state).encode("utf-8")
+    entries[f"{name}{_STATE}{packed.scheme}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return entries
+
+
+def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> PackedTensor:
+    """The packed weight `name` among the tensors of a file.
+
+    Raises:
+        CorruptCheckpoint: a part is missing, or sizes, dtypes or the level table do not agree.
+        Unsupported: a scheme, block size or dtype that qlx does not know.
+    """
+    scheme = _scheme(entries, name)
+    state = _state(entries[f"{name}{_STATE}{scheme}"], name)
+    if state.get("quant_type") != scheme or state.get("blocksize") not in BLOCK_SIZES:
+        raise Unsupported(
+            f"tensor {name!r}: quantization {state.get('quant_type')!r} with blocks of "
+            f"{state.get('blocksize')!r} is not known"
+        )
+    if not torch.equal(_part(entries, f"{name}.quant_map", torch.float32), levels(scheme)):
+        raise Unsupported(f"tensor {name!r}: its level table is not the {scheme} table")
+    nested = _nested(entries, name, state)
+    absmax = f"{name}.absmax"
+    packed = PackedTensor(
+        codes=entries[name].contiguous().view(torch.uint8).reshape(-1),
+        absmax=_part(entries, absmax, torch.float32) if nested is None else unnest_scales(nested),
+        nested=nested,
+        shape=_shape(state, name),
+        dtype=torch_dtype_of(str(state.get("dtype"))),
+        scheme=scheme,
+        block_size=state["blocksize"],
+    )
+    _check_sizes(packed, name)
+    return packed
+
+
+def _scheme(entries: Mapping[str, Tensor], name: str) -> Scheme:
+    found = [scheme for scheme in _SCHEMES if f"{name}{_STATE}{scheme}" in entries]
+    if len(found) != 1 or name not in entries:
+        raise CorruptCheckpoint(f"tensor {name!r}: not one 4-bit weight with one quant_state")
+    return found[0]
+
+
+def _state(tensor: Tensor, name: str) -> dict[str, Any]:
+    where = f"quant_state of tensor {name!r}"
+    if tensor.dtype != torch.uint8:
+        raise CorruptCheckpoint(f"{where}: dtype {tensor.dtype}, expected uint8")
+    state = parse_json(bytes(tensor.reshape(-1).tolist()), where)
+    if not isinstance(state, dict):
+        raise CorruptCheckpoint(f"{where}: not a JSON object")
+    return state
+
+
+def _part(entries: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> Tensor:
+    if key not in entries:
+        raise CorruptCheckpoint(f"tensor {key!r} is missing")
+    if entries[key].dtype != dtype:
+        raise CorruptCheckpoint(f"tensor {key!r}: dtype {entries[key].dtype}, expected {dtype}")
+    return entries[key].reshape(-1)
+
+
+def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    shape = state.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+        raise CorruptCheckpoint(f"tensor {name!r}: shape {shape!r} in its quant_state")
+    return tuple(shape)
+
+
+def _nested(
+    entries: Mapping[str, Tensor], name: str, state: Mapping[str, Any]
+) -> NestedScales | None:
+    if "nested_offset" not in state and f"{name}.nested_absmax" not in entries:
+        return None
+    if state.get("nested_blocksize") != NESTED_BLOCK or state.get("nested_dtype") != "float32":
+        raise Unsupported(f"tensor {name!r}: double quantization other than float32 per 256 scales")
+    offset = state.get("nested_offset")
+    if not isinstance(offset, float | int):
+        raise CorruptCheckpoint(f"tensor {name!r}: nested_offset {offset!r} is not a number")
+    nested = NestedScales(
+        codes=_part(entries, f"{name}.absmax", torch.uint8),
+        absmax=_part(entries, f"{name}.nested_absmax", torch.float32),
+        offset=torch.tensor(float(offset)),
+        map=_part(entries, f"{name}.nested_quant_map", torch.float32),
+    )
+    groups = -(-nested.codes.numel() // NESTED_BLOCK)
+    if nested.map.numel() != 256 or nested.absmax.numel() != groups:
+        raise CorruptCheckpoint(f"tensor {name!r}: sizes of its double quantization do not agree")
+    return nested
+
+
+def _check_sizes(packed: PackedTensor, name: str) -> None:
+    blocks = -(-packed.count // packed.block_size)
+    if packed.codes.numel() != -(-packed.count // 2) or packed.absmax.numel() != blocks:
+        raise CorruptCheckpoint(
+            f"tensor {name!r}: {packed.codes.numel()} code bytes and {packed.absmax.numel()} "
+            f"scales do not fit the shape {list(packed.shape)}"
+        )
+    if not bool(torch.isfinite(packed.absmax).all()):
+        raise CorruptCheckpoint(f"tensor {name!r}: a scale is NaN or infinite")
+
+
+def packed_fingerprint(tensors: Iterable[tuple[str, PackedTensor]]) -> str:
+    """`sha256:…` over names, shapes, scheme, codes and stored scales of packed weights.
+
+    Independent of their order and of the dtype they had before quantization: a base kept in
+    bfloat16 and the same base loaded in float32 have the same codes, scales and fingerprint.
+    """
+    lines = [_line(name, packed) for name, packed in tensors]
+    return bytes_digest("".join(sorted(lines)).encode("utf-8"))
+
+
+def _line(name: str, packed: PackedTensor) -> str:
+    nested = packed.nested
+    scales = [packed.absmax]
+    if nested is not None:
+        scales = [nested.codes, nested.absmax, nested.offset.reshape(1), nested.map]
+    hashes = " ".join(_hash(part) for part in (packed.codes, *scales))
+    return f"{name!r} {packed.scheme} {packed.block_size} {list(packed.shape)} {hashes}\n"
+
+
+def _hash(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
