@@ -8,15 +8,18 @@ from qlx.planning.memory import (
     Plan,
     Setup,
     WeightFormat,
+    plan_shape,
     plan_size,
     weight_format,
 )
-from qlx.planning.recipes import plan_recipe
+from qlx.planning.recipes import base_shape, plan_recipe, recipe_setup
 from qlx.planning.shapes import PUBLIC_SHAPES, Shape, shape_from_config, shape_from_count
-from qlx.planning.suggest import SizeTable, size_table, suggest
+from qlx.planning.suggest import DEFAULT_RANKS, DEFAULT_SIZES, SizeTable, size_table, suggest
 from qlx.planning.units import format_bytes, format_count, parse_bytes, parse_count
 
 __all__ = [
+    "DEFAULT_RANKS",
+    "DEFAULT_SIZES",
     "PUBLIC_SHAPES",
     "Parts",
     "Plan",
@@ -24,12 +27,15 @@ __all__ = [
     "Shape",
     "SizeTable",
     "WeightFormat",
+    "base_shape",
     "format_bytes",
     "format_count",
     "parse_bytes",
     "parse_count",
     "plan_recipe",
+    "plan_shape",
     "plan_size",
+    "recipe_setup",
     "shape_from_config",
     "shape_from_count",
     "size_table",

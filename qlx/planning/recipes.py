@@ -66,7 +66,7 @@ def _scratch_shape(section: ArchitectureSection) -> Shape:
     return shape_from_config(config, f"{section.model_type} from scratch")
 
 
-def recipe_setup(recipe: Recipe, device: str) -> Setup:
+def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
     """What the recipe's sections say about memory.
 
     Raises:

@@ -1,0 +1,116 @@
+"""The command line: parse, call one function, render. One command per file.
+
+`main` is the program's entry and the one place where errors become exit codes. Nothing but click is
+imported until a command runs, so `qlx --help` answers at once.
+"""
+
+import errno
+import signal
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from qlx.cli.commands import program
+from qlx.cli.session import Session
+from qlx.errors import QlxError
+
+__all__ = ["main", "program"]
+
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a defect of qlx itself
+INTERRUPTED = 130
+NO_ROOM = 5
+
+# What `pip install 'qlx[…]'` must name when one of these is missing.
+_EXTRA_OF_MODULE = {
+    "fastapi": "serve",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxruntime": "serve",
+    "onnxscript": "export",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
+_TRAIN_MODULES = (
+    "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "jinja2", "matplotlib", "peft",
+    "PIL", "sklearn", "tokenizers", "torch", "transformers", "trl",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code; never raises, never shows a traceback unasked.
+
+    Codes: 0 done, 1 a check failed, 2 usage, 3 input refused, 4 an extra is missing, 5 no room,
+    70 a defect of qlx itself, 130 interrupted (SIGINT or SIGTERM).
+    """
+    session = Session()
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = program.main(args=arguments, prog_name="qlx", standalone_mode=False, obj=session)
+        return result if isinstance(result, int) else 0
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(session, "Interrupted", "interrupted; no output was left behind", INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the boundary: every failure gets a line and a code
+        if session.debug:
+            traceback.print_exc()
+        kind, message, code = _explain(error)
+        return _fail(session, kind, message, code)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(session: Session, kind: str, message: str, code: int) -> int:
+    line = " ".join(message.split())
+    click.echo(f"qlx: {line}", err=True)
+    session.emit_error(kind, line, code)
+    return code
+
+
+def _explain(error: Exception) -> tuple[str, str, int]:
+    """(kind, message, exit code) of any exception that ended a command."""
+    kind = type(error).__name__
+    if isinstance(error, QlxError):
+        return kind, str(error), error.exit_code
+    if isinstance(error, click.UsageError):
+        return "UsageError", _usage(error), 2
+    if isinstance(error, click.ClickException):
+        return "UsageError", error.format_message(), 2
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error)):
+        needs = f"this command needs it: pip install 'qlx[{extra}]'"
+        return "MissingExtra", f"{error.name} is not installed; {needs}", 4
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        return "NoRoom", "not enough memory; `qlx plan` shows what a training needs", NO_ROOM
+    if isinstance(error, OSError):
+        return _explain_os(error)
+    advice = "this is a defect of qlx: run again with --debug and report what it prints"
+    return kind, f"internal error: {kind}: {error}; {advice}", INTERNAL_ERROR
+
+
+def _usage(error: click.UsageError) -> str:
+    command = error.ctx.command_path if error.ctx else "qlx"
+    text = error.format_message().rstrip(".")
+    return f"{text}; see `{command} --help`"
+
+
+def _extra_of(error: ModuleNotFoundError) -> str | None:
+    module = (error.name or "").partition(".")[0]
+    return "train" if module in _TRAIN_MODULES else _EXTRA_OF_MODULE.get(module)
+
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    """Torch's own class on an accelerator, its allocator's RuntimeError on the CPU."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return "OutOfMemoryError" in names or "DefaultCPUAllocator" in str(error)
+
+
+def _explain_os(error: OSError) -> tuple[str, str, int]:
+    what = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
+        return "NoRoom", f"{error.filename or 'output'}: {what}; free space and run again", NO_ROOM
+    where = f"{error.filename}: " if error.filename else ""
+    return "InputRefused", f"{where}{what}", 3

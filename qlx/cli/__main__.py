@@ -1,0 +1,7 @@
+"""`python -m qlx.cli` does what `qlx` does."""
+
+import sys
+
+from qlx.cli import main
+
+sys.exit(main())

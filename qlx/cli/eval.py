@@ -1,0 +1,31 @@
+"""`qlx eval`: the task's own score of any checkpoint."""
+
+from pathlib import Path
+
+import click
+
+from qlx.cli import options
+from qlx.cli.session import Session
+
+
+@options.command(
+    "eval",
+    examples=(
+        "qlx eval onnx/digits",
+        "qlx eval adapters/digits --base runs/digits-base",
+    ),
+)
+@click.argument("checkpoint", type=options.DIRECTORY)
+@options.base()
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Recipe whose data section to use (default: the data that CHECKPOINT was trained on).",
+)
+def command(session: Session, checkpoint: Path, base: str | None, data: Path | None) -> None:
+    """Score CHECKPOINT on held-out data: accuracy, or loss, perplexity and token accuracy."""
+    from qlx.cli import render
+    from qlx.verification import evaluate
+
+    result = evaluate(checkpoint, base=base, data=data)
+    session.emit(render.score_data(checkpoint, result), render.print_scores)

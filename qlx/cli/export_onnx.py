@@ -1,0 +1,39 @@
+"""`qlx export-onnx`: any checkpoint to an ONNX graph that onnxruntime runs."""
+
+from pathlib import Path
+
+import click
+
+from qlx.cli import options
+from qlx.cli.session import Session
+
+
+@options.command(
+    "export-onnx",
+    examples=(
+        "qlx export-onnx merged/digits -o onnx/digits",
+        "qlx export-onnx packed/digits -o onnx/digits-nf4",
+    ),
+)
+@click.argument("checkpoint", type=options.DIRECTORY)
+@options.output()
+@options.base()
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "nf4"]),
+    help="Precision of the linear weights (default: as the checkpoint has them).",
+)
+def command(
+    session: Session,
+    checkpoint: Path,
+    output: Path,
+    force: bool,
+    base: str | None,
+    precision: str | None,
+) -> None:
+    """Export CHECKPOINT to ONNX and replay its probe under onnxruntime before it appears."""
+    from qlx.cli import render
+    from qlx.exporting import export_onnx
+
+    exported = export_onnx(checkpoint, output, base=base, precision=precision, force=force)
+    session.emit(render.checkpoint_data(exported), render.print_made)

@@ -1,0 +1,114 @@
+"""Options that mean the same thing in every command, as decorators, and the command class."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qlx.cli.session import Session
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+EXISTING = click.Path(exists=True, path_type=Path)
+DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+SHARED = {
+    "debug": (("--debug",), "Show tracebacks and library warnings."),
+    "quiet": (("-q", "--quiet"), "No progress lines on standard error."),
+    "json": (("--json",), "Print the result as one JSON object."),
+}
+
+
+class Command(click.Command):
+    """A command whose help ends with examples and whose stray prints go to standard error."""
+
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any) -> None:
+        """Take click's own arguments; each of `examples` is a complete command line."""
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        self.params.sort(key=lambda parameter: parameter.name in SHARED)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples below the options, unwrapped."""
+        with formatter.section("Example" if len(self.examples) == 1 else "Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the body with the session's streams in place."""
+        session = ctx.find_object(Session) or Session()
+        ctx.obj = session
+        with session.streams():
+            return super().invoke(ctx)
+
+
+def command(name: str, *, examples: tuple[str, ...]) -> Callable[[Callable[..., Any]], Command]:
+    """Make a function the command `name`, with the options that all commands share.
+
+    The function gets the `Session` first and its options as keywords.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Command:
+        shared = _shared(click.pass_obj(function))
+        return click.command(name, cls=Command, examples=examples)(shared)
+
+    return decorate
+
+
+def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    for attribute, (names, text) in SHARED.items():
+        function = click.option(
+            *names,
+            attribute,
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_remember,
+            help=text,
+        )(function)
+    return function
+
+
+def _remember(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    session = ctx.ensure_object(Session)
+    if option.name is not None:
+        setattr(session, option.name, value)
+
+
+def output(*, required: bool = True) -> Decorator:
+    """`-o/--output DIR` and `--force`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        text = "Replace the output directory, in one step."
+        function = click.option("--force", is_flag=True, help=text)(function)
+        return click.option(
+            "-o",
+            "--output",
+            type=NEW_DIRECTORY,
+            required=required,
+            help="New directory for the result.",
+        )(function)
+
+    return decorate
+
+
+def base(*, required: bool = False) -> Decorator:
+    """`--base NAME`: a directory or a hub name with `@revision`."""
+    text = "Base model: a directory, or a hub name such as owner/model@revision."
+    return click.option("--base", metavar="BASE", required=required, help=text)
+
+
+def adapters(*, required: bool = False) -> Decorator:
+    """`--adapter DIR`, as often as needed."""
+    return click.option(
+        "--adapter",
+        "adapters",
+        type=DIRECTORY,
+        multiple=True,
+        required=required,
+        help="Adapter directory (qlx or plain PEFT).",
+    )

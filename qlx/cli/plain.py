@@ -1,0 +1,91 @@
+"""Directories that qlx did not write: what they are, and the command that takes them in."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlx.checkpoint import load_json
+from qlx.errors import InputRefused
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """`kind`, `what`, `advice` and details of a plain PEFT, transformers or ONNX directory.
+
+    Raises:
+        InputRefused: it is none of these.
+    """
+    if (directory / "adapter_config.json").is_file():
+        return _peft(directory)
+    if (directory / "config.json").is_file():
+        return _transformers(directory)
+    if graphs := sorted(path.name for path in directory.glob("*.onnx")):
+        return {
+            "path": str(directory),
+            "kind": "plain-onnx",
+            "what": f"an ONNX directory that qlx did not export ({', '.join(graphs)})",
+            "advice": "export it again from its checkpoint with `qlx export-onnx`",
+        }
+    raise InputRefused(
+        f"{directory}: not a qlx checkpoint (no qlx.json) and neither a PEFT nor a transformers "
+        "directory (no adapter_config.json, no config.json)"
+    )
+
+
+def _object(file: Path) -> Mapping[str, Any]:
+    value = load_json(file)
+    if not isinstance(value, Mapping):
+        raise InputRefused(f"{file}: holds a {type(value).__name__} where an object is expected")
+    return value
+
+
+def _peft(directory: Path) -> dict[str, Any]:
+    config = _object(directory / "adapter_config.json")
+    base = config.get("base_model_name_or_path") or "BASE"
+    advice = f"take it in with `qlx save-adapter {directory} -o DIR --base {base}`"
+    details = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
+    return {
+        "path": str(directory),
+        "kind": "plain-peft",
+        "what": "a plain PEFT adapter",
+        "advice": advice,
+        "base": config.get("base_model_name_or_path"),
+        "adapter": {name: config[name] for name in details if name in config},
+    }
+
+
+def _transformers(directory: Path) -> dict[str, Any]:
+    from qlx.planning import format_count, shape_from_config
+    from qlx.weights import open_weights
+
+    config = _object(directory / "config.json")
+    weights = open_weights(directory)
+    count = sum(math.prod(info.shape) for info in weights.values())
+    architectures = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
+    shape = shape_from_config(config)
+    return {
+        "path": str(directory),
+        "kind": "plain-transformers",
+        "what": f"a plain transformers model ({architectures}, {format_count(count)} parameters)",
+        "advice": "use it as it is: name it as --base, or as base.path in a recipe",
+        "architectures": architectures,
+        "parameters": count,
+        "tensors": len(weights),
+        "dtypes": sorted({info.dtype for info in weights.values()}),
+        "layers": shape.layers,
+        "hidden_size": shape.hidden,
+    }
+
+
+def print_description(console: "Console", data: Mapping[str, Any]) -> None:
+    """The description as lines."""
+    from rich.markup import escape
+
+    console.print(escape(f"{data['path']}: {data['what']}"))
+    for name, value in data.items():
+        if name not in ("path", "kind", "what", "advice"):
+            console.print(escape(f"  {name.replace('_', ' ')}: {value}"))
+    console.print(escape(data["advice"]))

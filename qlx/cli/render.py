@@ -1,0 +1,179 @@
+"""Results as plain data for `--json` and, from the same data, as text for people."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlx.checkpoint import Checkpoint, Manifest
+from qlx.planning import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qlx.verification import EvalResult, Report
+
+    Rows = Sequence[Sequence[str]]
+
+# The distances of a replay worth a column, in this order, where they were measured.
+_SHOWN = ("relative", "max_abs", "kl_mean", "top1", "retention")
+
+
+def checkpoint_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a command that wrote a checkpoint reports: where, what, how large, every replay."""
+    manifest = checkpoint.manifest
+    return {
+        "path": str(checkpoint.path),
+        "kind": manifest.kind,
+        "task": manifest.task,
+        "tag": manifest.tag,
+        "digest": checkpoint.digest,
+        "size": _size(manifest),
+        "results": _results(manifest),
+    }
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(entry.size for entry in manifest.files.values())
+
+
+def _results(manifest: Manifest) -> list[dict[str, Any]]:
+    if manifest.probe is None:
+        return []
+    return [result.model_dump(mode="json") for result in manifest.probe.results]
+
+
+def manifest_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The whole manifest and what `inspect` derives from it; the digests were checked on opening."""
+    return {
+        **checkpoint_data(checkpoint),
+        "digests_match": True,
+        "manifest": checkpoint.manifest.model_dump(mode="json"),
+    }
+
+
+def print_made(console: "Console", data: Mapping[str, Any]) -> None:
+    """One line for the checkpoint, and a table of its replays."""
+    console.print(
+        f"{data['kind']} {data['path']}  {format_bytes(data['size'])}  {data['tag']}", markup=False
+    )
+    _print_results(console, data["results"])
+
+
+def _print_results(console: "Console", results: Sequence[Mapping[str, Any]]) -> None:
+    if not results:
+        return
+    names = [name for name in _SHOWN if any(name in result["metrics"] for result in results)]
+    rows = [
+        (
+            result["step"],
+            result["against"],
+            *(_number(result["metrics"].get(name)) for name in names),
+            "yes" if result["passed"] else "NO",
+        )
+        for result in results
+    ]
+    console.print(_table(("replay", "against", *names, "passed"), rows))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _table(header: Sequence[str], rows: "Rows") -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def print_manifest(console: "Console", data: Mapping[str, Any]) -> None:
+    """The manifest by sections: what it is, base, quantization, adapter, lineage, files, replays."""
+    manifest = data["manifest"]
+    version = f"format version {manifest['format_version']}"
+    console.print(f"{data['path']}: {data['kind']} of {data['task']}, {version}", markup=False)
+    facts = [("tag", data["tag"]), ("digest", data["digest"])]
+    facts += [("base", _base(manifest["base"]))] if manifest["base"] else []
+    facts += [("quantization", _quantization(manifest["quantization"]))]
+    facts += [("adapter", _adapter(manifest["adapter"]))] if manifest["adapter"] else []
+    facts += [("lineage", " → ".join(step["command"] for step in manifest["lineage"]))]
+    for name, value in facts:
+        console.print(f"  {name:<13} {value}", markup=False, soft_wrap=True)
+    files = [(n, format_bytes(f["size"]), f["sha256"][:12]) for n, f in manifest["files"].items()]
+    console.print(_table(("file", "size", "sha256"), files))
+    console.print(f"{len(files)} files match their digests, {format_bytes(data['size'])} in all")
+    _print_results(console, data["results"])
+
+
+def _base(base: Mapping[str, Any]) -> str:
+    revision = f"@{base['revision']}" if base["revision"] else ""
+    return f"{base['name']}{revision} ({base['fingerprint'][:19]}…)"
+
+
+def _quantization(spec: Mapping[str, Any]) -> str:
+    if spec["scheme"] is None:
+        return "none"
+    double = ", double quantization" if spec["double_quant"] else ""
+    return (
+        f"{spec['scheme']}, groups of {spec['group_size']}{double}, compute {spec['compute_dtype']}, "
+        f"{len(spec['modules']) or len(spec['tensors'])} tensors ({spec['method']})"
+    )
+
+
+def _adapter(spec: Mapping[str, Any]) -> str:
+    trained = format_count(spec["trained_parameters"] or 0)
+    if spec["type"] == "full":
+        return f"none: all {trained} parameters trained"
+    share = ""
+    if spec["total_parameters"]:
+        share = f" ({100 * (spec['trained_parameters'] or 0) / spec['total_parameters']:.2g} %)"
+    flags = "".join(f", {name}" for name in ("use_rslora", "use_dora") if spec[name])
+    return (
+        f"{spec['type']} of rank {spec['rank']}, alpha {spec['alpha']:g}{flags}, "
+        f"{len(spec['tensors'])} modules, {trained} parameters trained{share}"
+    )
+
+
+def report_data(report: "Report") -> dict[str, Any]:
+    """A verification's JSON, as the verification package renders it."""
+    from qlx.verification import rows, to_json
+
+    data: dict[str, Any] = json.loads(to_json(report))
+    data["rows"] = [list(row) for row in rows(report)]
+    return data
+
+
+def print_report(console: "Console", data: Mapping[str, Any]) -> None:
+    """Every check with its limit, the notes, and the verdict."""
+    console.print(
+        f"{data['subject']} ({data['kind']}, {data['task']}) against {data['against']}",
+        markup=False,
+    )
+    console.print(_table(("check", "measured", "limit", "result"), data["rows"]))
+    for note in data["notes"]:
+        console.print(note, markup=False)
+    console.print("verified" if data["passed"] else "NOT verified", style="bold")
+
+
+def score_data(path: Path, result: "EvalResult") -> dict[str, Any]:
+    """An evaluation: metrics by name and how many examples or tokens they count."""
+    return {"path": str(path), "metrics": dict(result.metrics), "count": result.count}
+
+
+def print_scores(console: "Console", data: Mapping[str, Any]) -> None:
+    """One line per metric."""
+    for name, value in data["metrics"].items():
+        console.print(f"{name:<16} {value:.4f}")
+    console.print(f"{'count':<16} {data['count']}")
+
+
+def print_migration(console: "Console", data: Mapping[str, Any]) -> None:
+    """What was done, which for the first format version is nothing."""
+    console.print(
+        f"{data['path']}: format version {data['format_version']} is current, nothing to do",
+        markup=False,
+    )

@@ -1,0 +1,30 @@
+"""`qlx save-adapter`: a run or a plain PEFT directory to an adapter checkpoint."""
+
+from pathlib import Path
+
+import click
+
+from qlx.cli import options
+from qlx.cli.session import Session
+
+
+@options.command(
+    "save-adapter",
+    examples=(
+        "qlx save-adapter runs/digits -o adapters/digits",
+        "qlx save-adapter downloads/peft-adapter -o adapters/mine --base owner/model@main",
+    ),
+)
+@click.argument("source", metavar="RUN_OR_PEFT_DIR", type=options.DIRECTORY)
+@options.output()
+@options.base()
+def command(session: Session, source: Path, output: Path, force: bool, base: str | None) -> None:
+    """Write the adapter of a run, or import a plain PEFT directory, as an adapter checkpoint.
+
+    A plain directory names no base by content, so --base is needed for it.
+    """
+    from qlx.cli import render
+    from qlx.training import save_adapter
+
+    adapter = save_adapter(source, output, base=base, force=force)
+    session.emit(render.checkpoint_data(adapter), render.print_made)

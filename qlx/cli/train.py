@@ -1,0 +1,57 @@
+"""`qlx train`: a recipe to a run directory."""
+
+from pathlib import Path
+
+import click
+
+from qlx.cli import options
+from qlx.cli.session import Session
+
+
+@options.command(
+    "train",
+    examples=(
+        "qlx train recipes/digits-qlora.yaml -o runs/digits",
+        "qlx train recipes/digits-qlora.yaml --set training.epochs=2 --dry-run",
+    ),
+)
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Change a field of the recipe, such as training.seed=1.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the last saved state in the output.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, train nothing.")
+@options.output(required=False)
+def command(
+    session: Session,
+    recipe: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Train what RECIPE describes and write a run with its probe, metrics and report.
+
+    The output defaults to runs/NAME, with the recipe's name.
+    """
+    from qlx.cli import render
+    from qlx.recipe import load_recipe
+    from qlx.training import check, train
+
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        session.emit(render.dry_run_data(check(loaded), loaded), render.print_dry_run)
+        return
+    run = train(
+        loaded,
+        output or Path("runs") / loaded.name,
+        resume=resume,
+        force=force,
+        report=session.report,
+    )
+    session.emit(render.checkpoint_data(run), render.print_made)
