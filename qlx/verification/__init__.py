@@ -3,15 +3,10 @@
 Needs numpy; torch or onnxruntime only when a checkpoint is actually run.
 """
 
+from qlx.verification.base import base_of, needs_base, require_quantization
 from qlx.verification.metrics import Comparison, compare
-from qlx.verification.replay import (
-    Predictor,
-    base_of,
-    needs_base,
-    predictor_of,
-    probe_of,
-    replay,
-)
+from qlx.verification.prove import prove, sealed
+from qlx.verification.replay import Predictor, predictor_of, probe_of, replay
 from qlx.verification.report import Report, rows, to_json, to_junit, to_markdown
 from qlx.verification.thresholds import (
     DEFAULT_MIN_RETENTION,
@@ -45,9 +40,12 @@ __all__ = [
     "predictor_of",
     "probe_of",
     "probe_result",
+    "prove",
     "reference_thresholds",
     "replay",
+    "require_quantization",
     "rows",
+    "sealed",
     "tightened",
     "to_json",
     "to_junit",

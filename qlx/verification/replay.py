@@ -5,24 +5,15 @@ Both engines are imported when they are needed and not before.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from qlx.checkpoint import (
-    Checkpoint,
-    Manifest,
-    Probe,
-    Source,
-    read_probe,
-    require_base,
-    resolve_source,
-)
+from qlx.checkpoint import Checkpoint, Probe, Source, read_probe
 from qlx.errors import InputRefused, Mismatch, require
 from qlx.verification.metrics import Array
 
-__all__ = ["Predictor", "base_of", "needs_base", "predictor_of", "probe_of", "replay"]
+__all__ = ["Predictor", "predictor_of", "probe_of", "replay"]
 
 
 class Predictor(Protocol):
@@ -31,47 +22,6 @@ class Predictor(Protocol):
     def predict(self, inputs: Mapping[str, Array]) -> Array:
         """Logits of all inputs."""
         ...
-
-
-def needs_base(manifest: Manifest) -> bool:
-    """Whether this checkpoint holds an adapter only, so that it runs on top of a base."""
-    return (
-        manifest.kind in ("run", "adapter")
-        and manifest.adapter is not None
-        and manifest.adapter.type != "full"
-    )
-
-
-def base_of(checkpoint: Checkpoint, base: Source | str | Path | None = None) -> Source | None:
-    """The base to run `checkpoint` on, checked by fingerprint; None if it needs none and none is given.
-
-    Without `base` the recorded name is tried: a hub name, or a directory relative to here.
-
-    Raises:
-        InputRefused: a base is needed and cannot be found; the message says to pass --base.
-        Mismatch: the base holds other weights than those recorded.
-    """
-    manifest = checkpoint.manifest
-    if base is None and not needs_base(manifest):
-        return None
-    if base is None:
-        if manifest.base is None:
-            raise Mismatch(
-                f"{checkpoint.path}: an adapter that records no base; make it again with save-adapter --base"
-            )
-        base = _recorded_base(checkpoint, manifest.base.name, manifest.base.revision)
-    source = base if isinstance(base, Source) else resolve_source(str(base))
-    require_base(manifest, source)
-    return source
-
-
-def _recorded_base(checkpoint: Checkpoint, name: str, revision: str | None) -> Source:
-    try:
-        return resolve_source(name, revision)
-    except InputRefused as error:
-        raise InputRefused(
-            f"{checkpoint.path}: needs its base model {name}, not found here; pass --base DIR"
-        ) from error
 
 
 def predictor_of(checkpoint: Checkpoint, base: Source | None = None) -> Predictor:

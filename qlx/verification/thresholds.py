@@ -124,9 +124,9 @@ def lossy_steps(manifest: Manifest) -> tuple[Step, ...]:
 
 def _is_lossy(step: Step) -> bool:
     if step.command == "merge":
-        return step.options.get("onto") == "original" or step.options.get("dtype") in UNIT_ROUNDOFF
+        return step.options.get("exact") is not True
     if step.command == "export-onnx":
-        return step.options.get("precision") not in (None, "fp32")
+        return step.options.get("precision") == "fp16"  # nf4 and fp4 keep the codes training saw
     return step.command == "pack"
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from qlx.checkpoint import Checkpoint, Manifest, Probe, ProbeResult, Source, open_checkpoint
 from qlx.errors import CheckFailed, InputRefused, Mismatch
+from qlx.verification.base import base_of, needs_base, require_quantization
 from qlx.verification.metrics import Array, Comparison, compare
-from qlx.verification.replay import base_of, needs_base, probe_of, replay
+from qlx.verification.replay import probe_of, replay
 from qlx.verification.report import Report
 from qlx.verification.thresholds import (
     Check,
@@ -80,7 +81,7 @@ def _identity(
     if source is not None:
         checks.append(Check("base", True, f"{source.name} holds the recorded weights"))
         if needs_base(manifest) and manifest.quantization.fingerprint is not None:
-            _require_quantization(manifest, source)
+            require_quantization(manifest, source)
             checks.append(
                 Check(
                     "quantization",
@@ -98,23 +99,6 @@ def _history(manifest: Manifest, failed: list[str]) -> str:
     if failed:
         return f"recorded as failed: {', '.join(failed)}"
     return " → ".join(step.command for step in manifest.lineage) or "no steps recorded"
-
-
-def _require_quantization(manifest: Manifest, source: Source) -> None:
-    from qlx.quant import packed_fingerprint, quantize_tensor
-    from qlx.weights import open_weights, read_tensor
-
-    spec, weights = manifest.quantization, open_weights(source.path)
-    missing = [name for name in spec.tensors if name not in weights]
-    if missing:
-        raise Mismatch(
-            f"{source.name}: has no tensor {missing[0]!r}, which the adapter's record says was quantized"
-        )
-    packed = ((name, quantize_tensor(read_tensor(weights, name), spec)) for name in spec.tensors)
-    if packed_fingerprint(packed) != spec.fingerprint:
-        raise Mismatch(
-            f"{source.name}: quantizing it gives other codes than the adapter was trained on; check the versions"
-        )
 
 
 def verify_outputs(

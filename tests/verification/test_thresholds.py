@@ -33,7 +33,7 @@ def manifest(kind, *steps):
 
 
 TRAIN = ("train", {})
-MERGE = ("merge", {"onto": "as-trained", "dtype": "float32"})
+MERGE = ("merge", {"onto": "as-trained", "dtype": "float32", "exact": True})
 MERGE_BF16 = ("merge", {"onto": "as-trained", "dtype": "bfloat16"})
 MERGE_ORIGINAL = ("merge", {"onto": "original", "dtype": "float32"})
 PACK = ("pack", {"to": "nf4", "min_retention": 0.75})

@@ -1,0 +1,30 @@
+"""Folding an adapter into its base's weights: plan first, then stream, then prove it on the probe."""
+
+from qlx.merging.merge import adapter_checkpoint, merge, plan_of, write_merged
+from qlx.merging.plan import Change, MergePlan, Onto, choose_onto, plan_merge
+from qlx.merging.values import (
+    MAX_ERASED,
+    Rounding,
+    base_value,
+    check_effect,
+    erased_share,
+    merged_value,
+)
+
+__all__ = [
+    "MAX_ERASED",
+    "Change",
+    "MergePlan",
+    "Onto",
+    "Rounding",
+    "adapter_checkpoint",
+    "base_value",
+    "check_effect",
+    "choose_onto",
+    "erased_share",
+    "merge",
+    "merged_value",
+    "plan_merge",
+    "plan_of",
+    "write_merged",
+]

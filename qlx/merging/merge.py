@@ -1,0 +1,221 @@
+"""`merge`: plan, stream, prove. No model is instantiated until the merged files are replayed."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qlx.adapters import read_adapter
+from qlx.checkpoint import (
+    Checkpoint,
+    Manifest,
+    QuantSpec,
+    Source,
+    is_checkpoint,
+    new_checkpoint,
+    next_step,
+    open_checkpoint,
+)
+from qlx.errors import InputRefused, Unsupported, UsageError
+from qlx.merging.companions import (
+    carry_probe,
+    copy_companions,
+    main_dtype,
+    read_config,
+    write_config,
+)
+from qlx.merging.plan import Change, MergePlan, Onto, choose_onto, plan_merge
+from qlx.merging.stream import copy_file, load_tensor, overwrite, pieces, write_shards
+from qlx.merging.values import MAX_ERASED, Rounding, check_effect, merged_value
+from qlx.verification import base_of, needs_base, prove, replay, require_quantization
+from qlx.weights import INDEX_FILE, open_weights, torch_dtype
+
+__all__ = ["adapter_checkpoint", "merge", "plan_of", "write_merged"]
+
+
+def merge(
+    base: str | Path | None,
+    adapter_dirs: Sequence[Path],
+    output: Path,
+    *,
+    onto: Onto | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    max_erased: float = MAX_ERASED,
+    report: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """Fold an adapter into its base's weights and prove on the probe that nothing changed.
+
+    `base` may be None where the recorded name resolves. `onto` is `as-trained` (the default where
+    the record says how the base was quantized: exactly the tensors quantized in training go
+    through their codec first) or `original`. `dtype` is float32, bfloat16, float16 or None to keep
+    each tensor's own.
+
+    Raises:
+        Mismatch: adapter, base and records do not belong together.
+        Unsupported: the adapter uses a feature that cannot be merged.
+        CheckFailed: the adapter has no effect, rounding erases more than `max_erased` of it, or
+            the merged model's outputs differ from the unmerged one's.
+    """
+    tell = report or (lambda line: None)
+    with adapter_checkpoint(_only(adapter_dirs), base) as (adapter, recorded):
+        source = base_of(adapter, base)
+        assert source is not None
+        plan = plan_of(adapter, source, onto, dtype, recorded)
+        tell(
+            f"merging {len(plan.changes)} of {len(plan.weights)} tensors onto the {plan.onto} base"
+        )
+        with new_checkpoint(output, force=force) as staging:
+            roundings = write_merged(plan, staging)
+            erased = check_effect(roundings, max_erased, main_dtype(plan))
+            copy_companions(staging, source.path, adapter.path)
+            write_config(staging, read_config(adapter.path), main_dtype(plan))
+            carry_probe(adapter, staging)
+            manifest = _manifest(adapter, source, plan, erased, len(roundings))
+            tell("replaying the probe on the merged files")
+            done = _finish(staging, manifest, adapter, source, plan)
+    return Checkpoint(Path(output), done.manifest, done.digest)
+
+
+def _only(adapter_dirs: Sequence[Path]) -> Path:
+    if not adapter_dirs:
+        raise UsageError("merge needs an adapter; give --adapter DIR")
+    if len(adapter_dirs) > 1:
+        raise Unsupported(
+            "merging several adapters at once is not possible yet; merge them one after the other"
+        )
+    return Path(adapter_dirs[0])
+
+
+@contextmanager
+def adapter_checkpoint(path: Path, base: str | Path | None) -> Iterator[tuple[Checkpoint, bool]]:
+    """An adapter directory as a checkpoint, and whether it records how its base was quantized.
+
+    A plain PEFT directory is imported for the time being; its probe then comes from the unmerged
+    model on `base`.
+
+    Raises:
+        InputRefused: the directory holds no adapter.
+    """
+    if is_checkpoint(path):
+        checkpoint = open_checkpoint(path)
+        if not needs_base(checkpoint.manifest):
+            raise InputRefused(
+                f"{path}: a checkpoint of kind {checkpoint.manifest.kind!r} holds no adapter to merge"
+            )
+        yield checkpoint, any(step.command == "train" for step in checkpoint.manifest.lineage)
+        return
+    if base is None:
+        raise UsageError(
+            f"{path}: a plain PEFT directory does not name its base by content; give --base"
+        )
+    from qlx.training import save_adapter
+
+    with tempfile.TemporaryDirectory(prefix="qlx-import-") as scratch:
+        yield save_adapter(path, Path(scratch) / "adapter", str(base)), False
+
+
+def plan_of(
+    adapter: Checkpoint, source: Source, onto: Onto | None, dtype: str | None, recorded: bool
+) -> MergePlan:
+    """The checked plan for merging `adapter` into `source`; see `merge` for the options.
+
+    Raises:
+        Mismatch: they do not belong together, or quantizing the base gives other codes.
+        Unsupported: the adapter uses a feature that cannot be merged.
+    """
+    manifest = adapter.manifest
+    chosen = choose_onto(manifest.quantization, onto, recorded)
+    if chosen == "as-trained":
+        require_quantization(manifest, source)
+    return plan_merge(
+        open_weights(source.path),
+        manifest,
+        read_adapter(adapter.path),
+        onto=chosen,
+        dtype=dtype,
+        tied=bool(read_config(source.path).get("tie_word_embeddings", False)),
+    )
+
+
+def write_merged(plan: MergePlan, directory: Path) -> list[Rounding]:
+    """Write the merged weight files into `directory`: patched copies, or anew where offsets move.
+
+    Returns:
+        What rounding cost, for every tensor that has a delta.
+    """
+    return _patch(plan, directory) if plan.in_place else _rewrite(plan, directory)
+
+
+def _patch(plan: MergePlan, directory: Path) -> list[Rounding]:
+    roundings: list[Rounding] = []
+    for path in plan.weights.files:
+        copy_file(path, directory / path.name)
+        touched = (
+            change for name, change in plan.changes.items() if plan.weights.path_of(name) == path
+        )
+        overwrite(
+            directory / path.name,
+            ((plan.weights[change.name], _value(plan, change, roundings)) for change in touched),
+        )
+    index = plan.weights.directory / INDEX_FILE
+    if index.is_file():
+        copy_file(index, directory / INDEX_FILE)
+    return roundings
+
+
+def _rewrite(plan: MergePlan, directory: Path) -> list[Rounding]:
+    roundings: list[Rounding] = []
+    entries = {}
+    for name in sorted({*plan.weights, *plan.changes}):
+        change = plan.changes.get(name)
+        shape = plan.weights[name].shape if change is None else change.shape
+        entries[name] = (plan.dtype_of(name), shape, pieces(_maker(plan, name, roundings)))
+    write_shards(directory, plan.weights, entries)
+    return roundings
+
+
+def _maker(plan: MergePlan, name: str, roundings: list[Rounding]) -> Callable[[], torch.Tensor]:
+    change = plan.changes.get(name)
+    if change is None:
+        return lambda: load_tensor(plan.weights, name).to(torch_dtype(plan.dtype_of(name)))
+    return lambda: _value(plan, change, roundings)
+
+
+def _value(plan: MergePlan, change: Change, roundings: list[Rounding]) -> torch.Tensor:
+    tensor, rounding = merged_value(plan, change)
+    if rounding is not None:
+        roundings.append(rounding)
+    return tensor
+
+
+def _manifest(
+    adapter: Checkpoint, source: Source, plan: MergePlan, erased: float, adapted: int
+) -> Manifest:
+    options = {
+        "onto": plan.onto,
+        "dtype": main_dtype(plan),
+        "exact": plan.exact,
+        "adapted_tensors": adapted,
+        "erased_share": float(f"{erased:.3g}"),
+    }
+    step = next_step("merge", parents=(adapter.digest, source.fingerprint), options=options)
+    manifest = adapter.manifest
+    return manifest.with_step(step, kind="merged", tag=f"{manifest.tag}_merged", files={})
+
+
+def _finish(
+    staging: Path, manifest: Manifest, adapter: Checkpoint, source: Source, plan: MergePlan
+) -> Checkpoint:
+    """Replay the merged files; those on the original base must agree with the adapter run on it."""
+    if manifest.probe is None:
+        raise InputRefused(
+            f"{adapter.path}: carries no probe, so the merge could not be checked; make one with save-adapter"
+        )
+    own = None
+    if plan.onto == "original" and plan.spec.quantized and not plan.rounds:
+        unquantized = adapter.manifest.model_copy(update={"quantization": QuantSpec()})
+        own = replay(Checkpoint(adapter.path, unquantized, adapter.digest), source)
+    return prove(staging, manifest, own=own)

@@ -1,0 +1,110 @@
+"""The value of one merged tensor, and how much of its delta the rounding took.
+
+The formulas of the delta are in `qlx.adapters`, those of the codec in `qlx.quant`; this module
+only applies them in the order that training did, in fp32, and rounds once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlx.adapters import merged_weight
+from qlx.errors import CheckFailed
+from qlx.merging.plan import Change, MergePlan
+from qlx.merging.stream import load_tensor
+from qlx.quant import dequantize_tensor, quantize_tensor
+from qlx.weights import torch_dtype
+
+__all__ = ["MAX_ERASED", "Rounding", "base_value", "check_effect", "erased_share", "merged_value"]
+
+MAX_ERASED = 0.5
+"""The largest share of an adapter's weight change that rounding may take before a merge is refused."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding one merged tensor did to its delta.
+
+    `energy` is ⟨Δ, Δ⟩, `kept` ⟨written - base, Δ⟩, both over the fp32 delta Δ; `changed` says
+    whether any written value differs from the base's.
+    """
+
+    name: str
+    energy: float
+    kept: float
+    changed: bool
+
+    @property
+    def erased(self) -> float:
+        """The share of the delta that is lost, 0 (nothing) to 1 (all of it)."""
+        return erased_share([self])
+
+
+def erased_share(roundings: Iterable[Rounding]) -> float:
+    """The share of several deltas lost together, weighted by energy: 1 - Σ kept / Σ energy, at least 0."""
+    items = list(roundings)
+    energy = sum(item.energy for item in items)
+    return max(0.0, 1.0 - sum(item.kept for item in items) / energy) if energy else 1.0
+
+
+def base_value(plan: MergePlan, change: Change) -> Tensor:
+    """The fp32 value of a tensor that the delta is added to: decoded where training quantized it."""
+    stored = load_tensor(plan.weights, change.name)
+    if change.decode:
+        stored = dequantize_tensor(quantize_tensor(stored, plan.spec), torch.float32)
+    return stored.float()
+
+
+def merged_value(plan: MergePlan, change: Change) -> tuple[Tensor, Rounding | None]:
+    """The tensor to write, in its final dtype, and what rounding cost (None where there is no delta)."""
+    dtype = torch_dtype(change.dtype)
+    if change.value is not None:
+        return change.value.to(dtype), None
+    before = base_value(plan, change)
+    if change.delta is None:
+        return before.to(dtype), None
+    after = merged_weight(before, change.delta)
+    written = after.to(dtype)
+    return written, _rounding(change.name, before, after, written)
+
+
+def _rounding(name: str, before: Tensor, after: Tensor, written: Tensor) -> Rounding:
+    delta = (after - before).double().reshape(-1)
+    energy = float(delta.dot(delta))
+    kept = (
+        energy
+        if written.dtype == torch.float32
+        else float(delta.dot((written.float() - before).double().reshape(-1)))
+    )
+    return Rounding(name, energy, kept, not torch.equal(written, before.to(written.dtype)))
+
+
+def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> float:
+    """Check that the adapter arrived: every adapted tensor changed, and little enough was lost.
+
+    Returns:
+        The share of the delta lost to rounding, over all tensors.
+
+    Raises:
+        CheckFailed: a tensor did not change at all, or more than `limit` of the delta is lost.
+    """
+    items = list(roundings)
+    still = [item.name for item in items if not item.changed]
+    if still:
+        which = (
+            "no tensor" if len(still) == len(items) else f"{len(still)} of {len(items)} tensors not"
+        )
+        raise CheckFailed(
+            f"the adapter changes {which} (first: {still[0]!r}); it is untrained there or its delta "
+            f"is below the precision of {dtype}"
+        )
+    erased = erased_share(items)
+    if erased > limit:
+        worst = max(items, key=lambda item: item.erased)
+        raise CheckFailed(
+            f"rounding to {dtype} would erase {erased:.0%} of the adapter's change (limit {limit:.0%}, "
+            f"worst {worst.name!r} {worst.erased:.0%}); merge with --dtype float32"
+        )
+    return erased

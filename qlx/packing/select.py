@@ -1,0 +1,51 @@
+"""Which tensors are packed, and how a plain transformers is told which layers are not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlx.checkpoint import Manifest
+from qlx.errors import Unsupported
+from qlx.quant import eligible_modules
+
+__all__ = ["Selection", "select_modules"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`tensors`: the weights to pack, module name (in memory) to tensor name (in the files);
+    `skipped`: the linear modules that stay as they are, by module name.
+    """
+
+    tensors: dict[str, str]
+    skipped: tuple[str, ...]
+
+
+def select_modules(directory: Path, manifest: Manifest, group_size: int) -> Selection:
+    """Choose what to pack: what training had quantized, else every eligible linear layer.
+
+    Embeddings, heads, norms and layers whose inputs are no multiple of `group_size` are never
+    packed. The model is built without memory for its weights.
+
+    Raises:
+        Unsupported: nothing can be packed.
+    """
+    from torch import nn
+
+    from qlx.models import empty_model, tensor_names
+
+    model = empty_model(directory, manifest.task)
+    names = tensor_names(model)
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    odd = [name for name, module in linears.items() if module.in_features % group_size]
+    allowed = set(eligible_modules(model, odd, group_size))
+    recorded = set(manifest.quantization.tensors)
+    chosen = {
+        module: names[f"{module}.weight"]
+        for module in linears
+        if module in allowed and (not recorded or names[f"{module}.weight"] in recorded)
+    }
+    if not chosen:
+        raise Unsupported(f"{directory}: no linear layer can be packed in groups of {group_size}")
+    return Selection(chosen, tuple(name for name in linears if name not in chosen))

@@ -1,0 +1,130 @@
+"""The weights to pack: a merged checkpoint's, or an adapter's merged on the fly, tensor by tensor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qlx.checkpoint import Checkpoint, Manifest, Source
+from qlx.errors import InputRefused, Mismatch
+from qlx.merging import MergePlan, adapter_checkpoint, base_value, merged_value, plan_of
+from qlx.merging.stream import load_tensor
+from qlx.quant import dequantize_tensor, quantize_tensor
+from qlx.verification import base_of, needs_base
+from qlx.weights import WeightSet, open_weights
+
+__all__ = ["Weights", "WholeWeights", "weights_to_pack"]
+
+
+class Weights(Protocol):
+    """Tensors by their names in the files, and what they were before the adapter."""
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        ...
+
+    def value(self, name: str, *, full: bool) -> Tensor:
+        """The tensor to store; `full` gives it in fp32, before any rounding to the stored dtype."""
+        ...
+
+    def before(self, name: str) -> Tensor | None:
+        """The fp32 value without the adapter, as training saw it; None if unknown or the same."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeWeights:
+    """Weights that exist as files; `base` and its record tell what they were before the adapter."""
+
+    weights: WeightSet
+    manifest: Manifest
+    base: WeightSet | None
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self.weights)
+
+    def value(self, name: str, *, full: bool) -> Tensor:
+        """The stored tensor."""
+        stored = load_tensor(self.weights, name)
+        return stored.float() if full else stored
+
+    def before(self, name: str) -> Tensor | None:
+        """The base's tensor, through the codec of training where that quantized it."""
+        adapted = (
+            self.manifest.adapter is not None and name in self.manifest.adapter.tensors.values()
+        )
+        if self.base is None or not adapted or name not in self.base:
+            return None
+        stored, spec = load_tensor(self.base, name), self.manifest.quantization
+        if name in spec.tensors and not _onto_original(self.manifest):
+            return dequantize_tensor(quantize_tensor(stored, spec), torch.float32)
+        return stored.float()
+
+
+def _onto_original(manifest: Manifest) -> bool:
+    return any(step.options.get("onto") == "original" for step in manifest.lineage)
+
+
+@dataclass(frozen=True)
+class MergedOnTheFly:
+    """Weights that a merge plan would write, without writing them."""
+
+    plan: MergePlan
+
+    def names(self) -> list[str]:
+        """All tensor names of the merged model, sorted."""
+        return sorted({*self.plan.weights, *self.plan.changes})
+
+    def value(self, name: str, *, full: bool) -> Tensor:
+        """The merged tensor."""
+        change = self.plan.changes.get(name)
+        if change is None:
+            stored = load_tensor(self.plan.weights, name)
+            return stored.float() if full else stored
+        return merged_value(self.plan, replace(change, dtype="F32") if full else change)[0]
+
+    def before(self, name: str) -> Tensor | None:
+        """The base's value that the delta is added to."""
+        change = self.plan.changes.get(name)
+        return None if change is None or change.delta is None else base_value(self.plan, change)
+
+
+@contextmanager
+def weights_to_pack(
+    checkpoint: Checkpoint, base: str | Path | None
+) -> Iterator[tuple[Weights, Path]]:
+    """The weights of any unpacked torch checkpoint, and the directory with its companions.
+
+    Raises:
+        InputRefused: the kind cannot be packed, or an adapter's base is not to be found.
+        Mismatch: the base is not the recorded one.
+    """
+    manifest = checkpoint.manifest
+    if manifest.kind not in ("run", "adapter", "merged"):
+        raise InputRefused(
+            f"{checkpoint.path}: a checkpoint of kind {manifest.kind!r} cannot be packed; pack a merged one"
+        )
+    if not needs_base(manifest):
+        yield (
+            WholeWeights(open_weights(checkpoint.path), manifest, _base_weights(checkpoint, base)),
+            checkpoint.path,
+        )
+        return
+    with adapter_checkpoint(checkpoint.path, base) as (adapter, recorded):
+        source = base_of(adapter, base)
+        assert source is not None
+        yield MergedOnTheFly(plan_of(adapter, source, None, None, recorded)), adapter.path
+
+
+def _base_weights(checkpoint: Checkpoint, base: str | Path | None) -> WeightSet | None:
+    if base is None:
+        return None
+    if checkpoint.manifest.base is None:
+        raise Mismatch(f"{checkpoint.path}: records no base; leave --base out")
+    source: Source | None = base_of(checkpoint, base)
+    return None if source is None else open_weights(source.path)

@@ -1,0 +1,75 @@
+"""Which base a checkpoint runs on, and whether the one at hand is the one that was recorded."""
+
+from pathlib import Path
+
+from qlx.checkpoint import Checkpoint, Manifest, Source, require_base, resolve_source
+from qlx.errors import InputRefused, Mismatch
+
+__all__ = ["base_of", "needs_base", "require_quantization"]
+
+
+def needs_base(manifest: Manifest) -> bool:
+    """Whether this checkpoint holds an adapter only, so that it runs on top of a base."""
+    return (
+        manifest.kind in ("run", "adapter")
+        and manifest.adapter is not None
+        and manifest.adapter.type != "full"
+    )
+
+
+def base_of(checkpoint: Checkpoint, base: Source | str | Path | None = None) -> Source | None:
+    """The base to run `checkpoint` on, checked by fingerprint; None if it needs none and none is given.
+
+    Without `base` the recorded name is tried: a hub name, or a directory relative to here.
+
+    Raises:
+        InputRefused: a base is needed and cannot be found; the message says to pass --base.
+        Mismatch: the base holds other weights than those recorded.
+    """
+    manifest = checkpoint.manifest
+    if base is None and not needs_base(manifest):
+        return None
+    if base is None:
+        if manifest.base is None:
+            raise Mismatch(
+                f"{checkpoint.path}: an adapter that records no base; make it again with save-adapter --base"
+            )
+        base = _recorded_base(checkpoint, manifest.base.name, manifest.base.revision)
+    source = base if isinstance(base, Source) else resolve_source(str(base))
+    require_base(manifest, source)
+    return source
+
+
+def _recorded_base(checkpoint: Checkpoint, name: str, revision: str | None) -> Source:
+    try:
+        return resolve_source(name, revision)
+    except InputRefused as error:
+        raise InputRefused(
+            f"{checkpoint.path}: needs its base model {name}, not found here; pass --base DIR"
+        ) from error
+
+
+def require_quantization(manifest: Manifest, source: Source) -> None:
+    """Check that quantizing the base gives the very codes and scales that training saw.
+
+    Nothing is checked where the record names no quantization.
+
+    Raises:
+        Mismatch: a recorded tensor is missing, or the codes differ.
+    """
+    if manifest.quantization.fingerprint is None:
+        return
+    from qlx.quant import packed_fingerprint, quantize_tensor
+    from qlx.weights import open_weights, read_tensor
+
+    spec, weights = manifest.quantization, open_weights(source.path)
+    missing = [name for name in spec.tensors if name not in weights]
+    if missing:
+        raise Mismatch(
+            f"{source.name}: has no tensor {missing[0]!r}, which the adapter's record says was quantized"
+        )
+    packed = ((name, quantize_tensor(read_tensor(weights, name), spec)) for name in spec.tensors)
+    if packed_fingerprint(packed) != spec.fingerprint:
+        raise Mismatch(
+            f"{source.name}: quantizing it gives other codes than the adapter was trained on; check the versions"
+        )

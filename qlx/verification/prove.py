@@ -1,0 +1,74 @@
+"""The check that a step makes of its own output before the directory appears.
+
+Every step that writes a checkpoint ends here: the staged files are run on the probe they carry,
+the distances are judged by the limits of `thresholds` and recorded in the manifest, and a failure
+leaves no directory behind.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from qlx.checkpoint import Checkpoint, Manifest, bytes_digest, seal, write_probe
+from qlx.errors import CheckFailed
+from qlx.verification.metrics import Array, Comparison
+from qlx.verification.replay import probe_of, replay
+from qlx.verification.thresholds import Check, lossy_steps
+from qlx.verification.verify import probe_result, verify_outputs
+
+__all__ = ["failure_text", "prove", "sealed"]
+
+
+def prove(
+    staging: Path, manifest: Manifest, *, own: Array | None = None, advice: str = ""
+) -> Checkpoint:
+    """Run a staged checkpoint on its probe, record the distances, and seal it.
+
+    A lossy checkpoint gets its own outputs into the probe, for a tight replay later: `own`, where
+    they are known from elsewhere (then the staged files must agree with them), else what the
+    staged files give now. `advice` ends the message of a failure: what the user can do.
+
+    Raises:
+        CheckFailed: a limit is not met; the message names each one.
+        InputRefused: the manifest has no probe.
+    """
+    staged = Checkpoint(staging, manifest, "")
+    probe = probe_of(staged)
+    outputs = replay(staged, None, probe)
+    if lossy_steps(manifest):
+        probe = replace(probe, own=outputs if own is None else own)
+        assert manifest.probe is not None
+        write_probe(staging / manifest.probe.file, probe)
+    comparisons, checks = verify_outputs(manifest, probe, outputs)
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise CheckFailed("; ".join(filter(None, (failure_text(manifest, failed), advice))))
+    step = manifest.lineage[-1].command
+    return sealed(staging, _with_results(manifest, step, comparisons, checks))
+
+
+def _with_results(
+    manifest: Manifest, step: str, comparisons: dict[str, Comparison], checks: list[Check]
+) -> Manifest:
+    for name, comparison in comparisons.items():
+        own = [check for check in checks if check.name.startswith(f"{name}:")]
+        manifest = manifest.with_result(probe_result(step, name, comparison, own))
+    return manifest
+
+
+def sealed(staging: Path, manifest: Manifest) -> Checkpoint:
+    """Seal a staged directory; the checkpoint as it will be opened later."""
+    written = seal(staging, manifest)
+    return Checkpoint(staging, written, bytes_digest(written.to_bytes()))
+
+
+def failure_text(manifest: Manifest, failed: list[Check]) -> str:
+    """One sentence that names every limit a step did not meet."""
+    told = ", ".join(
+        f"{check.name} {check.value:.3g} (limit {check.relation} {check.limit:g})"
+        if check.value is not None and check.limit is not None
+        else f"{check.name}: {check.detail}"
+        for check in failed
+    )
+    return (
+        f"{manifest.lineage[-1].command}: the result differs from the model it was made of: {told}"
+    )
