@@ -1,0 +1,19 @@
+"""ONNX: a checkpoint as a graph that onnxruntime runs, verified before it appears.
+
+Tracing, graph passes, the unmerged adapter's branch, and onnxruntime-genai's configuration live here;
+running the result is `qlx.runtime`.
+"""
+
+from qlx.exporting.export import Precision, export_onnx
+from qlx.exporting.graph import INLINE_LIMIT, build_graph, write_graph
+from qlx.exporting.separate import SeparateLora, separate_adapter
+
+__all__ = [
+    "INLINE_LIMIT",
+    "Precision",
+    "SeparateLora",
+    "build_graph",
+    "export_onnx",
+    "separate_adapter",
+    "write_graph",
+]

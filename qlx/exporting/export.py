@@ -1,0 +1,117 @@
+"""`export_onnx`: a checkpoint of any torch kind as a verified ONNX directory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from qlx.checkpoint import (
+    PROBE_FILE,
+    Checkpoint,
+    Manifest,
+    Source,
+    new_checkpoint,
+    next_step,
+    open_checkpoint,
+    seal,
+    write_probe,
+)
+from qlx.errors import Unsupported
+from qlx.exporting.genai import write_generation_config
+from qlx.exporting.graph import build_graph, write_graph
+from qlx.exporting.quiet import quiet
+from qlx.exporting.separate import separate_adapter
+from qlx.merging.companions import copy_companions
+from qlx.verification import base_of, needs_base, probe_of
+from qlx.verification.prove import prove
+
+__all__ = ["Precision", "export_onnx"]
+
+Precision = Literal["fp32", "fp16", "nf4", "fp4"]
+
+COMMAND = "export-onnx"
+
+
+def export_onnx(
+    checkpoint: Path | str | Checkpoint,
+    output: Path | str,
+    *,
+    base: Source | str | Path | None = None,
+    precision: Precision | None = None,
+    force: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Checkpoint:
+    """Export a checkpoint and replay its probe under onnxruntime before the directory appears.
+
+    A merged checkpoint becomes an fp32 graph (or fp16: half the bytes, fp32 arithmetic). A packed one
+    keeps its codes and scales byte for byte. A run or an adapter keeps the adapter apart from its
+    base, which stays quantized as it was trained on.
+
+    Args:
+        checkpoint: a run, adapter, merged or packed checkpoint.
+        output: the directory to create; refused if it exists, unless `force`.
+        base: the base model of a run or adapter; by default the one it records.
+        precision: None keeps the checkpoint's own; `fp16` is possible for unquantized weights.
+        report: called with one line per stage.
+
+    Raises:
+        Unsupported: the precision does not fit the checkpoint, or the architecture cannot be traced.
+        Mismatch: the base is not the one the adapter was trained on.
+        CheckFailed: the exported model's outputs are outside the tolerance; nothing is left behind.
+    """
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(checkpoint))
+    chosen = _precision(source.manifest, precision)
+    probe = probe_of(source)
+    own_base = base_of(source, base)
+    with new_checkpoint(Path(output), force=force) as staging:
+        report(f"tracing the model ({chosen})")
+        _write_model(source, own_base, chosen, staging)
+        write_probe(staging / PROBE_FILE, probe)
+        manifest = seal(staging, _manifest(source, own_base, chosen))
+        report("replaying the probe under onnxruntime")
+        prove(staging, manifest, own=None if chosen == "fp16" else probe.own)
+    return open_checkpoint(Path(output))
+
+
+def _precision(manifest: Manifest, wanted: str | None) -> Precision:
+    scheme = manifest.quantization.scheme if manifest.kind != "merged" else None
+    own: Precision = scheme or "fp32"
+    if wanted is None or wanted == own:
+        return own
+    if wanted == "fp16" and scheme is None:
+        return "fp16"
+    if scheme is not None:
+        raise Unsupported(
+            f"this checkpoint's weights are {scheme} and are exported as they are; "
+            f"for {wanted} export its merged form"
+        )
+    raise Unsupported(
+        f"precision {wanted} needs packed weights; run qlx pack --to {wanted} and export the result"
+    )
+
+
+def _write_model(source: Checkpoint, base: Source | None, precision: str, staging: Path) -> None:
+    """The graph, its weights and the small files a runtime reads."""
+    from qlx.models import load_model
+    from qlx.quant import packed_linears
+
+    task = source.manifest.task
+    with quiet():
+        loaded = load_model(source, base)
+    model, prefixes = separate_adapter(loaded.eval())
+    packed_linears(model)
+    graph = build_graph(model, task, half=precision == "fp16", prefixes=prefixes)
+    write_graph(graph, staging, task)
+    copy_companions(staging, source.path)
+    if task == "causal-lm":
+        write_generation_config(staging, model)
+
+
+def _manifest(source: Checkpoint, base: Source | None, precision: str) -> Manifest:
+    separate = needs_base(source.manifest)
+    layout = "separate" if separate else source.manifest.kind
+    parents = [source.digest] if base is None else [source.digest, base.fingerprint]
+    step = next_step(COMMAND, parents=parents, options={"precision": precision, "layout": layout})
+    suffix = "onnx" if precision != "fp16" else "onnx_fp16"
+    return source.manifest.with_step(
+        step, kind="onnx", tag=f"{source.manifest.tag}_{suffix}", files={}
+    )

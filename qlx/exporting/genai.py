@@ -1,0 +1,99 @@
+"""The `genai_config.json` beside a language model: what onnxruntime-genai, and qlx.runtime, read.
+
+Key names are those of onnxruntime-genai's own builder; the graph keeps separate past and present
+buffers, so sharing them is switched off.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from qlx.checkpoint import canonical_json
+from qlx.errors import Unsupported
+from qlx.runtime.session import GRAPH_FILE
+
+__all__ = ["CONFIG_FILE", "generation_config", "write_generation_config"]
+
+CONFIG_FILE = "genai_config.json"
+
+
+def write_generation_config(directory: Path, model: Any) -> None:
+    """Write the configuration of a transformers causal LM into `directory`; equal models give equal bytes."""
+    (directory / CONFIG_FILE).write_bytes(canonical_json(generation_config(model)))
+
+
+def generation_config(model: Any) -> dict[str, Any]:
+    """The configuration as a value.
+
+    End tokens are those of the model's generation configuration, or else of its configuration.
+
+    Raises:
+        Unsupported: the model names no end token or no context length.
+    """
+    config, generation = model.config, model.generation_config
+    ends = _first(generation.eos_token_id, config.eos_token_id)
+    length = getattr(config, "max_position_embeddings", None)
+    if ends is None or length is None:
+        what = "eos_token_id" if ends is None else "max_position_embeddings"
+        raise Unsupported(
+            f"{type(model).__name__}: its configuration has no {what}, which generation needs; "
+            "set it in config.json"
+        )
+    first_end = ends if isinstance(ends, int) else ends[0]
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": _first(generation.bos_token_id, config.bos_token_id, first_end),
+            "eos_token_id": ends,
+            "pad_token_id": _first(generation.pad_token_id, config.pad_token_id, first_end),
+            "context_length": length,
+            "vocab_size": config.vocab_size,
+            "decoder": _decoder(config),
+        },
+        "search": _search(length),
+    }
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _decoder(config: Any) -> dict[str, Any]:
+    heads = config.num_attention_heads
+    return {
+        "filename": GRAPH_FILE,
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "hidden_size": config.hidden_size,
+        "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+
+
+def _search(length: int) -> dict[str, Any]:
+    """Greedy by default, as qlx's own runtime is."""
+    return {
+        "do_sample": False,
+        "early_stopping": True,
+        "max_length": length,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": False,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 1,
+        "top_p": 1.0,
+    }

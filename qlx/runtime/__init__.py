@@ -1,0 +1,38 @@
+"""Running exported models: onnxruntime sessions, classification, text generation. Never torch.
+
+Needs numpy, onnxruntime, tokenizers (text) and Pillow (images). Files are checked against the
+manifest before onnxruntime reads them.
+"""
+
+from qlx.runtime.classify import Classification, Classifier, class_labels, classification
+from qlx.runtime.decoder import CausalDecoder, positions
+from qlx.runtime.generate import FinishReason, Generation, TextGenerator, TextPiece
+from qlx.runtime.graph_guard import check_graph
+from qlx.runtime.predictor import OnnxPredictor
+from qlx.runtime.sampling import Sampler, SamplingOptions, next_distribution
+from qlx.runtime.session import DATA_FILE, GRAPH_FILE, OnnxModel, open_model, session_options
+from qlx.runtime.text import TextStream
+
+__all__ = [
+    "DATA_FILE",
+    "GRAPH_FILE",
+    "CausalDecoder",
+    "Classification",
+    "Classifier",
+    "FinishReason",
+    "Generation",
+    "OnnxModel",
+    "OnnxPredictor",
+    "Sampler",
+    "SamplingOptions",
+    "TextGenerator",
+    "TextPiece",
+    "TextStream",
+    "check_graph",
+    "class_labels",
+    "classification",
+    "next_distribution",
+    "open_model",
+    "positions",
+    "session_options",
+]

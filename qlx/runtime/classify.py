@@ -1,0 +1,92 @@
+"""Image classification with an ONNX checkpoint: images in, labels with probabilities out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlx.checkpoint import load_json
+from qlx.errors import CorruptCheckpoint, InputRefused
+from qlx.inputs import ImagePreprocessor
+from qlx.runtime.predictor import OnnxPredictor
+from qlx.runtime.session import OnnxModel, open_model
+
+__all__ = ["Classification", "Classifier", "class_labels"]
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One image's result: the likeliest label and every label's probability, in the model's order."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Classifier:
+    """An image classifier.
+
+    Args:
+        directory: a checkpoint of kind `onnx` and task `image-classification`, or an opened model.
+        threads: see `open_model`.
+
+    Raises:
+        InputRefused: a checkpoint of another kind or task.
+        CorruptCheckpoint: labels or preprocessing are missing or do not fit the graph.
+    """
+
+    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+        model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
+        if model.task != "image-classification":
+            raise InputRefused(f"{model.path}: a model for {model.task} does not classify images")
+        self.predictor = OnnxPredictor(model)
+        self.preprocess = ImagePreprocessor.from_directory(model.path)
+        self.labels = class_labels(model.path)
+
+    def classify(self, images: Sequence[Any]) -> list[Classification]:
+        """Classify images: Pillow images, or uint8 arrays [H, W, 3] or [H, W], of any size."""
+        results: list[Classification] = []
+        for start in range(0, len(images), _BATCH):
+            pixels = self.preprocess(images[start : start + _BATCH])
+            logits = self.predictor.predict({"pixel_values": pixels})
+            results += [classification(row, self.labels) for row in logits]
+        return results
+
+
+def classification(logits: Any, labels: Sequence[str]) -> Classification:
+    """Softmax over logits [classes] as a result, in float64.
+
+    Raises:
+        CorruptCheckpoint: there are more or fewer labels than logits.
+    """
+    if len(labels) != len(logits):
+        raise CorruptCheckpoint(
+            f"config.json names {len(labels)} labels, the graph has {len(logits)} outputs"
+        )
+    weights = np.exp(np.asarray(logits, np.float64) - np.max(logits))
+    weights /= weights.sum()
+    best = int(np.argmax(weights))
+    named = {label: float(weight) for label, weight in zip(labels, weights, strict=True)}
+    return Classification(labels[best], float(weights[best]), named)
+
+
+def class_labels(directory: Path) -> tuple[str, ...]:
+    """The labels in class order, from `id2label` of a directory's `config.json`.
+
+    Raises:
+        CorruptCheckpoint: missing, not numbered from 0 without gaps, or not unique.
+    """
+    file = Path(directory) / "config.json"
+    named = load_json(file).get("id2label") if file.is_file() else None
+    if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))):
+        raise CorruptCheckpoint(
+            f"{file}: id2label does not number the classes from 0; export the checkpoint again"
+        )
+    labels = tuple(str(named[str(index)]) for index in range(len(named)))
+    if len(set(labels)) != len(labels):
+        raise CorruptCheckpoint(f"{file}: id2label gives one name to two classes")
+    return labels

@@ -1,0 +1,115 @@
+"""A causal language model's graph as a function with a cache: tokens in, logits out.
+
+The graph takes `input_ids` [B, T], `attention_mask` [B, past + T], `position_ids` [B, T] and one key and
+one value tensor [B, heads, past, head size] per layer; the same graph prefills (past = 0) and decodes.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from qlx.errors import CorruptCheckpoint
+from qlx.runtime.session import OnnxModel
+
+__all__ = ["CausalDecoder", "positions"]
+
+Array = NDArray[Any]
+
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+def positions(mask: Array) -> Array:
+    """Position of every token, int64 [B, T], counting real tokens only; padding gets 0 or repeats one.
+
+    `mask` is [B, T] with 1 for real tokens, padded on either side.
+    """
+    return np.maximum(np.cumsum(mask, axis=1, dtype=np.int64) - 1, 0)
+
+
+class CausalDecoder:
+    """One sequence batch being decoded; holds the keys and values of everything fed so far.
+
+    The cache stays inside onnxruntime between steps; only logits are copied out.
+
+    Raises:
+        CorruptCheckpoint: the graph lacks one of the inputs or outputs named above.
+    """
+
+    def __init__(self, model: OnnxModel, batch: int = 1) -> None:
+        self._session = model.session
+        self._past = _cache_inputs(model)
+        self._outputs = model.outputs
+        self._mask = np.zeros((batch, 0), np.int64)
+        self._cache = [
+            ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), np.float32))
+            for heads, size in self._past.values()
+        ]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens fed so far, padding included."""
+        return int(self._mask.shape[1])
+
+    def feed(self, tokens: Array, mask: Array | None = None) -> Array:
+        """Append tokens [B, T] to the sequence; `mask` [B, T] marks the real ones (None: all).
+
+        Returns:
+            Logits float32 [B, T, vocabulary] of the appended positions.
+        """
+        tokens = np.asarray(tokens, np.int64)
+        fresh = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
+        self._mask = np.concatenate([self._mask, fresh], axis=1)
+        feeds = {
+            "input_ids": tokens,
+            "attention_mask": self._mask,
+            "position_ids": positions(self._mask)[:, -tokens.shape[1] :],
+        }
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a))
+            for name, a in feeds.items()
+        }
+        values.update(zip(self._past, self._cache, strict=True))
+        logits, *self._cache = self._session.run_with_ort_values(self._outputs, values)
+        return np.asarray(logits.numpy(), np.float32)
+
+    def prefill(self, tokens: Sequence[int], chunk: int) -> Array:
+        """Append a whole prompt in chunks; logits float32 [vocabulary] after its last token.
+
+        Chunks bound the memory of the logits, which the graph returns for every position.
+        """
+        ids = np.asarray([tokens], np.int64)
+        last = np.zeros(0, np.float32)
+        for start in range(0, ids.shape[1], chunk):
+            last = self.feed(ids[:, start : start + chunk])[0, -1]
+        return last
+
+
+def _cache_inputs(model: OnnxModel) -> dict[str, tuple[int, int]]:
+    """Cache inputs in graph order, each with (heads, head size)."""
+    wanted = ["input_ids", "attention_mask", "position_ids"]
+    found = {}
+    for name, shape in model.shapes.items():
+        if (
+            _PAST.fullmatch(name)
+            and len(shape) == 4
+            and isinstance(shape[1], int)
+            and isinstance(shape[3], int)
+        ):
+            found[name] = (shape[1], shape[3])
+        elif name in wanted:
+            wanted.remove(name)
+        else:
+            raise CorruptCheckpoint(
+                f"{model.path}: the graph has an input {name!r} that a causal LM does not need"
+            )
+    present = [name.replace("past_key_values", "present") for name in found]
+    if wanted or not found or model.outputs != ["logits", *present]:
+        raise CorruptCheckpoint(
+            f"{model.path}: inputs and outputs are not those of a causal LM with a cache; "
+            "export it again"
+        )
+    return found

@@ -1,0 +1,174 @@
+"""Text generation with an ONNX checkpoint: prompt in, text out, token by token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from qlx.checkpoint import load_json
+from qlx.errors import CorruptCheckpoint, InputRefused, UsageError
+from qlx.inputs import Message, TextCodec
+from qlx.runtime.decoder import CausalDecoder
+from qlx.runtime.sampling import Sampler, SamplingOptions
+from qlx.runtime.session import OnnxModel, open_model
+from qlx.runtime.text import TextStream
+
+__all__ = ["FinishReason", "Generation", "TextGenerator", "TextPiece"]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+GENERATION_FILE = "genai_config.json"
+_PREFILL_LOGITS = 2**24
+"""Most logits one prefill step may return (64 MiB of float32)."""
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """One step of a stream: new text (perhaps empty), its token, and why it ended on the last one.
+
+    `token` is None on the closing piece of a generation that ended without a token of its own.
+    """
+
+    text: str
+    token: int | None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation; `tokens` holds the generated ones, the end token not among them."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason
+
+
+class TextGenerator:
+    """A causal language model that continues text.
+
+    Args:
+        directory: a checkpoint of kind `onnx` and task `causal-lm`, or an opened model.
+        threads: see `open_model`.
+
+    Raises:
+        InputRefused: a checkpoint of another kind or task.
+        CorruptCheckpoint: its generation configuration is missing or wrong.
+    """
+
+    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+        self.model = (
+            directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
+        )
+        if self.model.task != "causal-lm":
+            raise InputRefused(
+                f"{self.model.path}: a model for {self.model.task} does not generate text"
+            )
+        self.codec = TextCodec.from_directory(self.model.path)
+        self.tokenizer = self.codec.tokenizer
+        self.context_length, self.end_tokens = _limits(self.model.path)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the tokenizer adds itself."""
+        return list(self.tokenizer.encode(prompt).ids)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next answer begins.
+
+        Raises:
+            InputRefused: the chat template refuses these messages.
+        """
+        text = self.codec.chat(messages, answer_next=True)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def generate(
+        self, prompt: str | Sequence[int], options: SamplingOptions | None = None
+    ) -> Generation:
+        """Continue a prompt until it ends; the same options and seed give the same text.
+
+        Raises:
+            UsageError: the prompt is empty or does not fit into the context.
+        """
+        tokens = self._prompt(prompt)
+        pieces = list(self.stream(tokens, options))
+        ids = [p.token for p in pieces if p.token is not None and p.token not in self.end_tokens]
+        reason = pieces[-1].finish_reason or "stop"
+        return Generation("".join(p.text for p in pieces), tuple(ids), len(tokens), reason)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        options: SamplingOptions | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Iterator[TextPiece]:
+        """Continue a prompt token by token; the last piece, and only it, has a finish reason.
+
+        `cancelled` is asked before every token; when it says yes the stream ends at once.
+
+        Raises:
+            UsageError: the prompt is empty or does not fit into the context.
+        """
+        options = options or SamplingOptions()
+        tokens = self._prompt(prompt)
+        return self._stream(tokens, options, cancelled)
+
+    def _prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        tokens = (
+            self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        )
+        if not tokens:
+            raise UsageError("the prompt is empty; give at least one token")
+        if len(tokens) >= self.context_length:
+            raise UsageError(
+                f"the prompt has {len(tokens)} tokens; the context of {self.context_length} "
+                "leaves no room for an answer"
+            )
+        size = self.tokenizer.get_vocab_size()
+        if not all(0 <= token < size for token in tokens):
+            raise UsageError(f"prompt tokens must lie between 0 and {size - 1}")
+        return tokens
+
+    def _stream(
+        self, prompt: list[int], options: SamplingOptions, cancelled: Callable[[], bool]
+    ) -> Iterator[TextPiece]:
+        decoder, sampler = CausalDecoder(self.model), Sampler(options, prompt)
+        text = TextStream(self.tokenizer, options.stop)
+        room = min(options.max_tokens, self.context_length - len(prompt))
+        logits = self._prefill(decoder, prompt)
+        for step in range(1, room + 1):
+            if cancelled():
+                yield TextPiece(text.flush(), None, "cancelled")
+                return
+            token = sampler.choose(logits)
+            if token in self.end_tokens:
+                yield TextPiece(text.flush(), token, "stop")
+                return
+            fresh = text.push(token)
+            if text.stopped or step == room:
+                yield TextPiece(fresh + text.flush(), token, "stop" if text.stopped else "length")
+                return
+            yield TextPiece(fresh, token)
+            logits = decoder.feed(np.array([[token]]))[0, -1]
+
+    def _prefill(self, decoder: CausalDecoder, prompt: list[int]) -> Any:
+        return decoder.prefill(prompt, max(1, _PREFILL_LOGITS // self.tokenizer.get_vocab_size()))
+
+
+def _limits(path: Path) -> tuple[int, frozenset[int]]:
+    """Context length and end tokens from the directory's generation configuration."""
+    file = path / GENERATION_FILE
+    if not file.is_file():
+        raise CorruptCheckpoint(
+            f"{path}: there is no {GENERATION_FILE}; export the checkpoint again"
+        )
+    model = load_json(file).get("model", {})
+    length, ends = model.get("context_length"), model.get("eos_token_id", [])
+    ends = [ends] if isinstance(ends, int) else ends
+    if not isinstance(length, int) or length < 2 or not all(isinstance(end, int) for end in ends):
+        raise CorruptCheckpoint(
+            f"{file}: model.context_length or model.eos_token_id is wrong; "
+            "export the checkpoint again"
+        )
+    return length, frozenset(ends)

@@ -1,0 +1,78 @@
+"""Logits of a whole batch at once, for verification, evaluation and anything that needs no sampling."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlx.errors import InputRefused
+from qlx.runtime.decoder import CausalDecoder
+from qlx.runtime.session import OnnxModel, open_model
+
+__all__ = ["OnnxPredictor"]
+
+Array = NDArray[Any]
+
+
+class OnnxPredictor:
+    """An ONNX checkpoint as a function from model inputs to logits.
+
+    Args:
+        directory: a checkpoint of kind `onnx`, or a model that `open_model` returned.
+        threads: see `open_model`.
+    """
+
+    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+        self.model = (
+            directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
+        )
+
+    def predict(self, inputs: Mapping[str, Array]) -> Array:
+        """Logits for a batch.
+
+        Args:
+            inputs: `pixel_values` float32 [n, 3, H, W]; or `input_ids` int64 [n, T] and, if anything is
+                padded, `attention_mask` int64 [n, T] (padding on either side).
+
+        Returns:
+            float32 [n, classes], or [n, T, vocabulary] (meaningless where the mask is 0).
+
+        Raises:
+            InputRefused: an input is missing or has the wrong shape.
+        """
+        if self.model.task == "image-classification":
+            return self._classify(_named(inputs, "pixel_values", 4))
+        tokens = _named(inputs, "input_ids", 2)
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape != tokens.shape:
+            raise InputRefused(
+                f"attention_mask has shape {mask.shape}, input_ids has {tokens.shape}; they must agree"
+            )
+        return CausalDecoder(self.model, tokens.shape[0]).feed(tokens, mask)
+
+    def _classify(self, pixels: Array) -> Array:
+        wanted = self.model.shapes["pixel_values"][1:]
+        if list(pixels.shape[1:]) != wanted:
+            raise InputRefused(
+                f"pixel_values has shape {pixels.shape}, the model takes [n, "
+                f"{', '.join(map(str, wanted))}]"
+            )
+        (logits,) = self.model.session.run(
+            ["logits"], {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
+        )
+        return np.asarray(logits, np.float32)
+
+
+def _named(inputs: Mapping[str, Array], name: str, axes: int) -> Array:
+    if name not in inputs:
+        raise InputRefused(
+            f"the model needs an input {name!r}; given: {', '.join(sorted(inputs)) or 'none'}"
+        )
+    if inputs[name].ndim != axes or not inputs[name].size:
+        raise InputRefused(
+            f"input {name!r} has shape {inputs[name].shape}; "
+            f"{axes} axes and at least one element are needed"
+        )
+    return inputs[name]

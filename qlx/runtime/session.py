@@ -1,0 +1,120 @@
+"""onnxruntime sessions over verified checkpoints: one place for options, digests and provider choice."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from qlx.checkpoint import Checkpoint, open_checkpoint
+from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
+from qlx.runtime.graph_guard import check_graph
+
+__all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model"]
+
+GRAPH_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An opened ONNX checkpoint: the verified directory and a session over its graph.
+
+    `shapes` maps each input's name to its shape; a name stands for a free dimension.
+    """
+
+    checkpoint: Checkpoint
+    session: ort.InferenceSession
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's directory."""
+        return self.checkpoint.path
+
+    @property
+    def task(self) -> str:
+        """`image-classification` or `causal-lm`."""
+        return self.checkpoint.manifest.task
+
+    @property
+    def shapes(self) -> dict[str, list[int | str]]:
+        """Shape of every graph input."""
+        return {item.name: item.shape for item in self.session.get_inputs()}
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs, in order."""
+        return [item.name for item in self.session.get_outputs()]
+
+
+def open_model(directory: Path | str, threads: int | None = None) -> OnnxModel:
+    """Open an ONNX checkpoint on the CPU.
+
+    Every file's digest is checked and the graph inspected before onnxruntime reads a byte. The
+    session is deterministic: sequential execution, deterministic kernels, a fixed thread count.
+
+    Args:
+        directory: a checkpoint of kind `onnx`.
+        threads: threads inside one operator; None leaves the choice to onnxruntime (all cores).
+
+    Raises:
+        InputRefused: not an ONNX checkpoint.
+        CorruptCheckpoint: a digest differs, or the graph is not readable.
+        UnsafeInput: the graph names foreign operators or files.
+        Unsupported: onnxruntime cannot run the graph; its reason is in the message.
+    """
+    checkpoint = open_checkpoint(Path(directory))
+    manifest = checkpoint.manifest
+    if manifest.kind != "onnx":
+        raise InputRefused(
+            f"{directory}: a checkpoint of kind {manifest.kind!r}; export it first with qlx export-onnx"
+        )
+    if GRAPH_FILE not in manifest.files:
+        raise CorruptCheckpoint(f"{directory}: the manifest lists no {GRAPH_FILE}")
+    graph = checkpoint.path / GRAPH_FILE
+    data = graph.read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest.files[GRAPH_FILE].sha256:
+        raise CorruptCheckpoint(f"{graph}: changed while it was being opened")
+    check_graph(data, str(graph), {name: entry.size for name, entry in manifest.files.items()})
+    return OnnxModel(checkpoint, _session(data, graph, threads))
+
+
+def _session(data: bytes, graph: Path, threads: int | None) -> ort.InferenceSession:
+    options = session_options(threads)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(graph.parent)
+    )
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except _runtime_errors() as error:
+        raise Unsupported(
+            f"{graph}: onnxruntime {ort.__version__} cannot load it ({_first_line(error)})"
+        ) from error
+
+
+def session_options(threads: int | None = None) -> ort.SessionOptions:
+    """Session options that give the same outputs for the same inputs, run after run."""
+    options = ort.SessionOptions()
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads or 0
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3
+    return options
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (
+        state.Fail,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NotImplemented,
+        state.InvalidArgument,
+        state.RuntimeException,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
