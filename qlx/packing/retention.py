@@ -24,7 +24,7 @@ class LayerRetention:
 
     @property
     def retention(self) -> float | None:
-        """kept / energy; None where the adapter changed nothing."""
+        """The ratio kept / energy; None where the adapter changed nothing."""
         return self.kept / self.energy if self.energy else None
 
 

@@ -12,8 +12,10 @@ __all__ = ["Selection", "select_modules"]
 
 @dataclass(frozen=True)
 class Selection:
-    """`tensors`: the weights to pack, module name (in memory) to tensor name (in the files);
-    `skipped`: the linear modules that stay as they are, by module name.
+    """What is packed and what is not.
+
+    `tensors` maps the modules to pack (names in memory) to their weights' names in the files;
+    `skipped` names the linear modules that stay as they are.
     """
 
     tensors: dict[str, str]

@@ -155,7 +155,7 @@ def divergence(expected: Array, given: Array) -> Array:
     for block in _blocks(expected):
         left, right = log_softmax(expected[block]), log_softmax(given[block])
         parts.append((np.exp(left) * (left - right)).sum(axis=1))
-    return np.maximum(np.concatenate(parts), 0.0)
+    return np.asarray(np.maximum(np.concatenate(parts), 0.0))
 
 
 def margins(rows: Array) -> Array:

@@ -217,7 +217,7 @@ def _common_probe(checkpoint: Checkpoint, other: Checkpoint) -> Probe:
     )
     if not same:
         raise Mismatch(
-            f"{checkpoint.path} and {other.path} carry probes of different inputs; they do not stem from one training run"
+            f"{checkpoint.path} and {other.path} carry probes of different inputs: not from one training run"
         )
     return ours
 

@@ -38,6 +38,7 @@ MERGE_BF16 = ("merge", {"onto": "as-trained", "dtype": "bfloat16"})
 MERGE_ORIGINAL = ("merge", {"onto": "original", "dtype": "float32"})
 PACK = ("pack", {"to": "nf4", "min_retention": 0.75})
 ONNX = ("export-onnx", {"precision": "fp32"})
+ONNX_16 = ("export-onnx", {"precision": "fp16"})
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ ONNX = ("export-onnx", {"precision": "fp32"})
         ("packed", [TRAIN, MERGE, PACK], {"retention": 0.75}),
         ("onnx", [TRAIN, MERGE, ONNX], {"relative": 1e-4, "top1_decided": 1.0}),
         ("onnx", [TRAIN, MERGE, PACK, ONNX], {"retention": 0.75}),
-        ("onnx", [TRAIN, ("export-onnx", {"precision": "fp16"})], {"relative": 8 / 2048, "top1_decided": 1.0, "retention": 0.9}),
+        ("onnx", [TRAIN, ONNX_16], {"relative": 8 / 2048, "top1_decided": 1.0, "retention": 0.9}),
     ],
 )  # fmt: skip
 def test_limits_follow_from_the_steps(kind, steps, expected):
