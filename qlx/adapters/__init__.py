@@ -1,0 +1,49 @@
+"""Adapters: the formulas, the strict reader of PEFT directories, and PEFT itself for training.
+
+`read_adapter`, `delta_weight` and `merged_weight` need torch only; `attach_adapter`, `load_adapter`
+and `save_adapter` import PEFT when they are called.
+"""
+
+from qlx.adapters.attach import (
+    adapted_modules,
+    adapter_spec,
+    attach_adapter,
+    auto_targets,
+    load_adapter,
+    lora_config,
+    parameter_counts,
+    save_adapter,
+)
+from qlx.adapters.config import AdapterConfig, read_config
+from qlx.adapters.formula import (
+    LoraDelta,
+    delta_bias,
+    delta_shape,
+    delta_weight,
+    merged_weight,
+    scaling_of,
+)
+from qlx.adapters.names import disk_names
+from qlx.adapters.reader import AdapterWeights, read_adapter
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterWeights",
+    "LoraDelta",
+    "adapted_modules",
+    "adapter_spec",
+    "attach_adapter",
+    "auto_targets",
+    "delta_bias",
+    "delta_shape",
+    "delta_weight",
+    "disk_names",
+    "load_adapter",
+    "lora_config",
+    "merged_weight",
+    "parameter_counts",
+    "read_adapter",
+    "read_config",
+    "save_adapter",
+    "scaling_of",
+]

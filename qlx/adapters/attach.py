@@ -1,0 +1,268 @@
+"""Putting adapters into a model with PEFT, for training and for running, and writing them out.
+
+PEFT is imported inside: it takes seconds. Where PEFT is silent (a pattern that matches nothing, a
+key that is not loaded, a target that is not there) these functions refuse.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from qlx.adapters.config import CONFIG_FILE, pattern_matches
+from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
+from qlx.checkpoint import AdapterSpec, canonical_json
+from qlx.errors import Mismatch, Unsupported, require
+from qlx.quant import HEAD_NAMES
+from qlx.weights import read_tensors, write_tensors
+
+__all__ = [
+    "adapter_spec",
+    "adapted_modules",
+    "attach_adapter",
+    "auto_targets",
+    "load_adapter",
+    "lora_config",
+    "parameter_counts",
+    "save_adapter",
+]
+
+_TASKS = {"causal-lm": "CAUSAL_LM", "image-classification": None, None: None}
+
+
+class AdapterOptions(Protocol):
+    """What `attach_adapter` needs to know; the adapter section of a recipe is one."""
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+    @property
+    def dropout(self) -> float: ...  # noqa: D102
+    @property
+    def target_modules(self) -> Any: ...  # noqa: D102
+    @property
+    def bias(self) -> str: ...  # noqa: D102
+    @property
+    def use_rslora(self) -> bool: ...  # noqa: D102
+    @property
+    def use_dora(self) -> bool: ...  # noqa: D102
+    @property
+    def init_lora_weights(self) -> str: ...  # noqa: D102
+    @property
+    def rank_pattern(self) -> dict[str, int]: ...  # noqa: D102
+    @property
+    def alpha_pattern(self) -> dict[str, float]: ...  # noqa: D102
+    @property
+    def modules_to_save(self) -> tuple[str, ...]: ...  # noqa: D102
+
+
+def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple[str, ...]:
+    """Name endings of all linear layers, heads and modules trained whole left out, sorted.
+
+    Raises:
+        Unsupported: there is none, or an ending also names a head.
+    """
+    saved = tuple(modules_to_save)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left_out = {
+        name
+        for name in linear
+        if name.rpartition(".")[2] in HEAD_NAMES or any(f".{s}." in f".{name}." for s in saved)
+    }
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    left_out |= {n for n, m in model.named_modules() if output is not None and m is output}
+    endings = {name.rpartition(".")[2] for name in linear if name not in left_out}
+    clash = sorted(endings & {name.rpartition(".")[2] for name in left_out})
+    if not endings or clash:
+        what = f"{clash[0]!r} names a head, too" if clash else "the model has no linear layer"
+        raise Unsupported(f"target_modules: auto does not work here: {what}; list them instead")
+    return tuple(sorted(endings))
+
+
+def lora_config(
+    section: AdapterOptions, targets: Iterable[str] | None = None, *, task: str | None = None
+) -> Any:
+    """The `peft.LoraConfig` of a recipe's adapter section; `targets` replaces `auto`."""
+    peft = require("peft", "train")
+    chosen = list(section.target_modules if targets is None else targets)
+    return peft.LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=chosen,
+        bias=section.bias,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        init_lora_weights=True if section.init_lora_weights == "default" else "gaussian",
+        rank_pattern=dict(section.rank_pattern),
+        alpha_pattern=dict(section.alpha_pattern),
+        modules_to_save=list(section.modules_to_save) or None,
+        task_type=_TASKS[task],
+    )
+
+
+def attach_adapter(model: nn.Module, section: AdapterOptions, *, task: str | None = None) -> Any:
+    """A `PeftModel` around `model` (changed in place) with a fresh adapter to train.
+
+    Raises:
+        Unsupported: a target, a module to save or a pattern matches nothing, or two patterns give
+            one module different values.
+    """
+    peft = require("peft", "train")
+    automatic = section.target_modules == "auto"
+    targets = auto_targets(model, section.modules_to_save) if automatic else section.target_modules
+    names = [name for name, _ in model.named_modules()]
+    for field, entries in (("target_modules", targets), ("modules_to_save", section.modules_to_save)):
+        for entry in entries:
+            if not any(f".{name}".endswith(f".{entry}") for name in names):
+                raise Unsupported(f"adapter.{field}: {entry!r} names no part of this model")
+    adapted = [n for n in names if any(f".{n}".endswith(f".{target}") for target in targets)]
+    _check_patterns("rank_pattern", section.rank_pattern, adapted)
+    _check_patterns("alpha_pattern", section.alpha_pattern, adapted)
+    return peft.get_peft_model(model, lora_config(section, targets, task=task))
+
+
+def _check_patterns(field: str, patterns: Mapping[str, float], adapted: list[str]) -> None:
+    """PEFT ignores a pattern that matches nothing, and forgets the order of those that overlap."""
+    for key in patterns:
+        if not any(pattern_matches(key, name) for name in adapted):
+            raise Unsupported(f"adapter.{field}: {key!r} matches no adapted module")
+    for name in adapted:
+        values = {value for key, value in patterns.items() if pattern_matches(key, name)}
+        if len(values) > 1:
+            raise Unsupported(f"adapter.{field}: several entries match {name!r} with other values")
+
+
+def adapted_modules(peft_model: nn.Module) -> list[str]:
+    """Names, in the base model, of the modules that carry an adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    base: Any = peft_model
+    named = base.get_base_model().named_modules()
+    return [name for name, module in named if isinstance(module, LoraLayer)]
+
+
+def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) -> Any:
+    """A `PeftModel` around `model` with the adapter of a directory, in eval mode unless trainable.
+
+    The directory is read strictly first; then every tensor in it must be in the model, bit for bit,
+    and every adapter layer of the model must come from it.
+
+    Raises:
+        Mismatch: a tensor found no place, a layer got no tensor, or no layer was adapted.
+        InputRefused: as `read_adapter`.
+    """
+    peft = require("peft", "train")
+    directory = Path(directory)
+    read_adapter(directory)
+    loaded = peft.PeftModel.from_pretrained(
+        model, str(directory), is_trainable=trainable, autocast_adapter_dtype=False
+    )
+    _check_loaded(loaded, directory)
+    return loaded.train(trainable)
+
+
+def _check_loaded(peft_model: Any, directory: Path) -> None:
+    present = _adapter_state(peft_model)
+    stored = read_tensors(directory / WEIGHTS_FILE)
+    if not adapted_modules(peft_model):
+        raise Mismatch(f"{directory}: none of its targets is in this base model")
+    lost, empty = sorted(stored.keys() - present.keys()), sorted(present.keys() - stored.keys())
+    if lost or empty:
+        what = f"{lost[0]!r} has no place in" if lost else f"nothing for {empty[0]!r} of"
+        raise Mismatch(f"{directory}: {what} this base model; the adapter is for another one")
+    for name, tensor in stored.items():
+        if not torch.equal(tensor, present[name].to("cpu", tensor.dtype)):
+            raise Mismatch(f"{directory}: tensor {name!r} was not loaded as it is stored")
+
+
+def _adapter_state(peft_model: Any) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        peft_model, save_embedding_layers=False
+    )
+    return state
+
+
+def save_adapter(peft_model: Any, directory: Path, *, base_name: str | None = None) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
+
+    `base_name` becomes `base_model_name_or_path`; an absolute path never does, nor does the name
+    of a class to import. The result is read back strictly.
+
+    Raises:
+        Unsupported: the adapter uses a feature that qlx could not read again.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = peft_model.peft_config["default"]
+    fields = _json_fields(config.to_dict())
+    name = base_name if base_name is not None else fields.get("base_model_name_or_path")
+    fields |= {
+        "auto_mapping": None,
+        "base_model_name_or_path": None if not name or os.path.isabs(name) else name,
+        "inference_mode": True,
+    }
+    state = {key: value.detach().cpu() for key, value in _adapter_state(peft_model).items()}
+    (directory / CONFIG_FILE).write_bytes(canonical_json(fields))
+    write_tensors(directory / WEIGHTS_FILE, state, metadata={"format": "pt"})
+    read_adapter(directory)
+
+
+def _json_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's fields with sets as sorted lists and enumerations as their values."""
+    plain = {}
+    for key, value in fields.items():
+        value = getattr(value, "value", value)
+        plain[key] = sorted(value) if isinstance(value, set | frozenset) else value
+    return plain
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters; a 4-bit weight counts with the values it stands for."""
+    trained = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return trained, total
+
+
+def adapter_spec(peft_model: Any, names: Mapping[str, str]) -> AdapterSpec:
+    """What the manifest says about an adapter.
+
+    `names` maps parameters of the base model in memory to tensors in the base's files
+    (`qlx.models.tensor_names`); those of the adapted modules are recorded.
+
+    Raises:
+        Mismatch: `names` lacks the weight of an adapted module.
+    """
+    config = peft_model.peft_config["default"]
+    modules = adapted_modules(peft_model)
+    missing = [module for module in modules if f"{module}.weight" not in names]
+    if missing:
+        raise Mismatch(f"adapted module {missing[0]!r} has no weight in the base's files")
+    trained, total = parameter_counts(peft_model)
+    targets = config.target_modules
+    return AdapterSpec(
+        type="lora",
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        bias=config.bias,
+        targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        tensors={module: names[f"{module}.weight"] for module in modules},
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        modules_to_save=tuple(sorted(config.modules_to_save or ())),
+        trained_parameters=trained,
+        total_parameters=total,
+    )

@@ -1,0 +1,101 @@
+"""What an adapter does to a weight, written once: training's forward, merging and packing agree by it.
+
+LoRA (arXiv 2106.09685), rsLoRA's scaling (arXiv 2312.03732) and DoRA's magnitudes (arXiv
+2402.09353). Everything is computed in float32; the caller rounds once to the target dtype.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qlx.errors import InputRefused, Mismatch
+
+__all__ = ["LoraDelta", "delta_bias", "delta_shape", "delta_weight", "merged_weight", "scaling_of"]
+
+
+@dataclass(frozen=True)
+class LoraDelta:
+    """The low-rank update of one module's weight.
+
+    linear: `a` [r, in], `b` [out, r], magnitude [out].
+    embedding: `a` [r, vocabulary], `b` [dim, r], magnitude [dim]; the weight is [vocabulary, dim].
+    conv2d: `a` [r, in, kh, kw], `b` [out, r, 1, 1], magnitude [out]; the weight is [out, in, kh, kw].
+    `fan_in_fan_out` says that a linear weight is stored as [in, out] (transformers' `Conv1D`).
+    `bias` [out] is the bias of B, added to the module's own after scaling.
+    """
+
+    module: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    kind: Literal["linear", "embedding", "conv2d"] = "linear"
+    fan_in_fan_out: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r, the rows of A."""
+        return self.a.shape[0]
+
+    @property
+    def _out_axis(self) -> int:
+        """The axis of the stored weight that counts outputs, along which DoRA has magnitudes."""
+        return 1 if self.kind == "embedding" or self.fan_in_fan_out else 0
+
+
+def scaling_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    return alpha / sqrt(rank) if use_rslora else alpha / rank
+
+
+def delta_shape(delta: LoraDelta) -> tuple[int, ...]:
+    """The shape of the weight that the delta belongs to, as stored."""
+    if delta.kind == "conv2d":
+        return (delta.b.shape[0], *delta.a.shape[1:])
+    shape = (delta.b.shape[0], delta.a.shape[1])
+    return shape[::-1] if delta._out_axis else shape
+
+
+def delta_weight(delta: LoraDelta) -> Tensor:
+    """scaling * B @ A in float32, in the shape and orientation of the stored weight."""
+    a = delta.a.float().flatten(1)
+    b = delta.b.float().flatten(1)
+    product = (b @ a) * delta.scaling
+    if delta._out_axis:
+        product = product.T
+    return product.reshape(delta_shape(delta))
+
+
+def merged_weight(base: Tensor, delta: LoraDelta) -> Tensor:
+    """The weight that has the adapter folded in, float32, of the shape of `base`.
+
+    W' = W + delta; with DoRA, W' = m * (W + delta) / ||W + delta||, the norm of each output's
+    values (PEFT's convention), written down nowhere else.
+
+    Raises:
+        Mismatch: the delta is for a weight of another shape.
+        InputRefused: DoRA meets an output whose values are all zero.
+    """
+    if tuple(base.shape) != delta_shape(delta):
+        raise Mismatch(
+            f"module {delta.module!r}: the base weight is {list(base.shape)}, "
+            f"the adapter is for {list(delta_shape(delta))}"
+        )
+    updated = base.float() + delta_weight(delta)
+    if delta.magnitude is None:
+        return updated
+    axis = delta._out_axis
+    others = tuple(dim for dim in range(updated.dim()) if dim != axis)
+    norm = torch.linalg.vector_norm(updated, dim=others, keepdim=True)
+    if not bool((norm > 0).all()):
+        raise InputRefused(f"module {delta.module!r}: DoRA cannot rescale an output that is all zero")
+    return updated * (delta.magnitude.float().reshape(norm.shape) / norm)
+
+
+def delta_bias(delta: LoraDelta) -> Tensor | None:
+    """What the adapter adds to the module's bias [out], float32; None without `lora_bias`."""
+    return None if delta.bias is None else delta.bias.float() * delta.scaling
