@@ -4,13 +4,13 @@ Tracing, graph passes, the unmerged adapter's branch, and onnxruntime-genai's co
 running the result is `qlx.runtime`.
 """
 
-from qlx.exporting.export import Precision, export_onnx
+from qlx.exporting.export import PRECISIONS, export_onnx
 from qlx.exporting.graph import INLINE_LIMIT, build_graph, write_graph
 from qlx.exporting.separate import SeparateLora, separate_adapter
 
 __all__ = [
     "INLINE_LIMIT",
-    "Precision",
+    "PRECISIONS",
     "SeparateLora",
     "build_graph",
     "export_onnx",

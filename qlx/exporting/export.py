@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from qlx.checkpoint import (
     PROBE_FILE,
@@ -15,7 +14,7 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import Unsupported
+from qlx.errors import Unsupported, UsageError
 from qlx.exporting.genai import write_generation_config
 from qlx.exporting.graph import build_graph, write_graph
 from qlx.exporting.quiet import quiet
@@ -24,9 +23,9 @@ from qlx.merging.companions import copy_companions
 from qlx.verification import base_of, needs_base, probe_of
 from qlx.verification.prove import prove
 
-__all__ = ["Precision", "export_onnx"]
+__all__ = ["PRECISIONS", "export_onnx"]
 
-Precision = Literal["fp32", "fp16", "nf4", "fp4"]
+PRECISIONS = ("fp32", "fp16", "nf4", "fp4")
 
 COMMAND = "export-onnx"
 
@@ -36,7 +35,7 @@ def export_onnx(
     output: Path | str,
     *,
     base: Source | str | Path | None = None,
-    precision: Precision | None = None,
+    precision: str | None = None,
     force: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
@@ -72,9 +71,11 @@ def export_onnx(
     return open_checkpoint(Path(output))
 
 
-def _precision(manifest: Manifest, wanted: str | None) -> Precision:
+def _precision(manifest: Manifest, wanted: str | None) -> str:
     scheme = manifest.quantization.scheme if manifest.kind != "merged" else None
-    own: Precision = scheme or "fp32"
+    own = scheme or "fp32"
+    if wanted not in (None, *PRECISIONS):
+        raise UsageError(f"precision {wanted!r} is not one of {', '.join(PRECISIONS)}")
     if wanted is None or wanted == own:
         return own
     if wanted == "fp16" and scheme is None:

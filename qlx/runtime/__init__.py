@@ -4,9 +4,22 @@ Needs numpy, onnxruntime, tokenizers (text) and Pillow (images). Files are check
 manifest before onnxruntime reads them.
 """
 
-from qlx.runtime.classify import Classification, Classifier, class_labels, classification
+from qlx.runtime.classify import (
+    Classification,
+    Classifier,
+    ImageModel,
+    class_labels,
+    classification,
+)
 from qlx.runtime.decoder import CausalDecoder, positions
-from qlx.runtime.generate import FinishReason, Generation, TextGenerator, TextPiece
+from qlx.runtime.generate import (
+    FinishReason,
+    Generation,
+    TextGenerator,
+    TextModel,
+    TextPiece,
+    TokenDecoder,
+)
 from qlx.runtime.graph_guard import check_graph
 from qlx.runtime.predictor import OnnxPredictor
 from qlx.runtime.sampling import Sampler, SamplingOptions, next_distribution
@@ -21,13 +34,16 @@ __all__ = [
     "Classifier",
     "FinishReason",
     "Generation",
+    "ImageModel",
     "OnnxModel",
     "OnnxPredictor",
     "Sampler",
     "SamplingOptions",
     "TextGenerator",
+    "TextModel",
     "TextPiece",
     "TextStream",
+    "TokenDecoder",
     "check_graph",
     "class_labels",
     "classification",

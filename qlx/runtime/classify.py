@@ -1,9 +1,9 @@
 """Image classification with an ONNX checkpoint: images in, labels with probabilities out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from qlx.inputs import ImagePreprocessor
 from qlx.runtime.predictor import OnnxPredictor
 from qlx.runtime.session import OnnxModel, open_model
 
-__all__ = ["Classification", "Classifier", "class_labels"]
+__all__ = ["Classification", "Classifier", "ImageModel", "class_labels", "classification"]
 
 _BATCH = 32
 
@@ -27,8 +27,36 @@ class Classification:
     probabilities: dict[str, float]
 
 
-class Classifier:
-    """An image classifier.
+class LogitsPredictor(Protocol):
+    """Whatever turns prepared inputs into logits."""
+
+    def predict(self, inputs: Mapping[str, Any]) -> Any:
+        """`pixel_values` float32 [n, 3, H, W] to logits [n, classes]."""
+        ...
+
+
+class ImageModel:
+    """Anything that classifies images: preprocessing, a predictor and the labels of its outputs."""
+
+    def __init__(
+        self, preprocess: ImagePreprocessor, predictor: LogitsPredictor, labels: Sequence[str]
+    ) -> None:
+        self.preprocess = preprocess
+        self.predictor = predictor
+        self.labels = tuple(labels)
+
+    def classify(self, images: Sequence[Any]) -> list[Classification]:
+        """Classify images: Pillow images, or uint8 arrays [H, W, 3] or [H, W], of any size."""
+        results: list[Classification] = []
+        for start in range(0, len(images), _BATCH):
+            pixels = self.preprocess(images[start : start + _BATCH])
+            logits = self.predictor.predict({"pixel_values": pixels})
+            results += [classification(row, self.labels) for row in logits]
+        return results
+
+
+class Classifier(ImageModel):
+    """An image classifier in ONNX.
 
     Args:
         directory: a checkpoint of kind `onnx` and task `image-classification`, or an opened model.
@@ -43,18 +71,9 @@ class Classifier:
         model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
         if model.task != "image-classification":
             raise InputRefused(f"{model.path}: a model for {model.task} does not classify images")
-        self.predictor = OnnxPredictor(model)
-        self.preprocess = ImagePreprocessor.from_directory(model.path)
-        self.labels = class_labels(model.path)
-
-    def classify(self, images: Sequence[Any]) -> list[Classification]:
-        """Classify images: Pillow images, or uint8 arrays [H, W, 3] or [H, W], of any size."""
-        results: list[Classification] = []
-        for start in range(0, len(images), _BATCH):
-            pixels = self.preprocess(images[start : start + _BATCH])
-            logits = self.predictor.predict({"pixel_values": pixels})
-            results += [classification(row, self.labels) for row in logits]
-        return results
+        prepare = ImagePreprocessor.from_directory(model.path)
+        super().__init__(prepare, OnnxPredictor(model), class_labels(model.path))
+        self.model = model
 
 
 def classification(logits: Any, labels: Sequence[str]) -> Classification:

@@ -5,7 +5,6 @@ one value tensor [B, heads, past, head size] per layer; the same graph prefills 
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -75,17 +74,6 @@ class CausalDecoder:
         values.update(zip(self._past, self._cache, strict=True))
         logits, *self._cache = self._session.run_with_ort_values(self._outputs, values)
         return np.asarray(logits.numpy(), np.float32)
-
-    def prefill(self, tokens: Sequence[int], chunk: int) -> Array:
-        """Append a whole prompt in chunks; logits float32 [vocabulary] after its last token.
-
-        Chunks bound the memory of the logits, which the graph returns for every position.
-        """
-        ids = np.asarray([tokens], np.int64)
-        last = np.zeros(0, np.float32)
-        for start in range(0, ids.shape[1], chunk):
-            last = self.feed(ids[:, start : start + chunk])[0, -1]
-        return last
 
 
 def _cache_inputs(model: OnnxModel) -> dict[str, tuple[int, int]]:

@@ -1,11 +1,12 @@
 """Text generation with an ONNX checkpoint: prompt in, text out, token by token."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlx.checkpoint import load_json
 from qlx.errors import CorruptCheckpoint, InputRefused, UsageError
@@ -15,7 +16,9 @@ from qlx.runtime.sampling import Sampler, SamplingOptions
 from qlx.runtime.session import OnnxModel, open_model
 from qlx.runtime.text import TextStream
 
-__all__ = ["FinishReason", "Generation", "TextGenerator", "TextPiece"]
+__all__ = ["FinishReason", "Generation", "TextGenerator", "TextModel", "TextPiece", "TokenDecoder"]
+
+Array = NDArray[Any]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -46,29 +49,36 @@ class Generation:
     finish_reason: FinishReason
 
 
-class TextGenerator:
-    """A causal language model that continues text.
+class TokenDecoder(Protocol):
+    """One sequence being decoded; remembers what it was fed."""
+
+    def feed(self, tokens: Array) -> Array:
+        """Append tokens int64 [1, T]; logits float32 [1, T, vocabulary] of those positions."""
+        ...
+
+
+class TextModel:
+    """Anything that continues text: a tokenizer, the model's limits, and a way to start a sequence.
 
     Args:
-        directory: a checkpoint of kind `onnx` and task `causal-lm`, or an opened model.
-        threads: see `open_model`.
-
-    Raises:
-        InputRefused: a checkpoint of another kind or task.
-        CorruptCheckpoint: its generation configuration is missing or wrong.
+        codec: the tokenizer with its chat template.
+        context_length: most tokens of prompt and answer together.
+        end_tokens: tokens that end an answer.
+        start: makes a decoder with an empty sequence.
     """
 
-    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
-        self.model = (
-            directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
-        )
-        if self.model.task != "causal-lm":
-            raise InputRefused(
-                f"{self.model.path}: a model for {self.model.task} does not generate text"
-            )
-        self.codec = TextCodec.from_directory(self.model.path)
-        self.tokenizer = self.codec.tokenizer
-        self.context_length, self.end_tokens = _limits(self.model.path)
+    def __init__(
+        self,
+        codec: TextCodec,
+        context_length: int,
+        end_tokens: Iterable[int],
+        start: Callable[[], TokenDecoder],
+    ) -> None:
+        self.codec = codec
+        self.tokenizer = codec.tokenizer
+        self.context_length = context_length
+        self.end_tokens = frozenset(end_tokens)
+        self._start = start
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the tokenizer adds itself."""
@@ -133,7 +143,7 @@ class TextGenerator:
     def _stream(
         self, prompt: list[int], options: SamplingOptions, cancelled: Callable[[], bool]
     ) -> Iterator[TextPiece]:
-        decoder, sampler = CausalDecoder(self.model), Sampler(options, prompt)
+        decoder, sampler = self._start(), Sampler(options, prompt)
         text = TextStream(self.tokenizer, options.stop)
         room = min(options.max_tokens, self.context_length - len(prompt))
         logits = self._prefill(decoder, prompt)
@@ -152,8 +162,36 @@ class TextGenerator:
             yield TextPiece(fresh, token)
             logits = decoder.feed(np.array([[token]]))[0, -1]
 
-    def _prefill(self, decoder: CausalDecoder, prompt: list[int]) -> Any:
-        return decoder.prefill(prompt, max(1, _PREFILL_LOGITS // self.tokenizer.get_vocab_size()))
+    def _prefill(self, decoder: TokenDecoder, prompt: list[int]) -> Array:
+        """Logits [vocabulary] after the prompt, fed in chunks that bound the memory of the logits."""
+        chunk = max(1, _PREFILL_LOGITS // self.tokenizer.get_vocab_size())
+        last = np.zeros(0, np.float32)
+        for start in range(0, len(prompt), chunk):
+            last = decoder.feed(np.array([prompt[start : start + chunk]]))[0, -1]
+        return last
+
+
+class TextGenerator(TextModel):
+    """A causal language model in ONNX that continues text.
+
+    Args:
+        directory: a checkpoint of kind `onnx` and task `causal-lm`, or an opened model.
+        threads: see `open_model`.
+
+    Raises:
+        InputRefused: a checkpoint of another kind or task.
+        CorruptCheckpoint: its generation configuration is missing or wrong.
+    """
+
+    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+        model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
+        if model.task != "causal-lm":
+            raise InputRefused(f"{model.path}: a model for {model.task} does not generate text")
+        length, ends = _limits(model.path)
+        super().__init__(
+            TextCodec.from_directory(model.path), length, ends, lambda: CausalDecoder(model)
+        )
+        self.model = model
 
 
 def _limits(path: Path) -> tuple[int, frozenset[int]]:
