@@ -1,0 +1,72 @@
+"""Examples to model inputs: padded batches of arrays, the same for torch and for onnxruntime."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlx.inputs.images import ImagePreprocessor
+from qlx.inputs.splits import Encoded, ImageSplit, Split, encode_split, load_split
+from qlx.inputs.text import IGNORED, TextCodec
+from qlx.recipe import DataSection
+
+__all__ = ["Batch", "eval_batches", "image_batches", "pad_batch", "text_batches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs by name, and labels: int64 [n], or [n, T] with -100 where nothing is predicted."""
+
+    inputs: dict[str, NDArray[Any]]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def pad_batch(items: Sequence[Encoded], pad_id: int, length: int | None = None) -> Batch:
+    """Pad on the right to the longest item (or to `length`): ids, mask and labels int64 [n, T]."""
+    width = length or max(len(item.ids) for item in items)
+    ids = np.full((len(items), width), pad_id, np.int64)
+    labels = np.full((len(items), width), IGNORED, np.int64)
+    mask = np.zeros((len(items), width), np.int64)
+    for row, item in enumerate(items):
+        ids[row, : len(item.ids)] = item.ids
+        labels[row, : len(item.ids)] = item.labels
+        mask[row, : len(item.ids)] = 1
+    return Batch({"input_ids": ids, "attention_mask": mask}, labels)
+
+
+def text_batches(items: Sequence[Encoded], pad_id: int, size: int) -> Iterator[Batch]:
+    """Batches in the given order."""
+    for start in range(0, len(items), size):
+        yield pad_batch(items[start : start + size], pad_id)
+
+
+def image_batches(split: ImageSplit, preprocessor: ImagePreprocessor, size: int) -> Iterator[Batch]:
+    """Batches in the given order: `pixel_values` float32 [n, 3, H, W]."""
+    for start in range(0, len(split), size):
+        stop = min(start + size, len(split))
+        pixels = preprocessor([split.images[at] for at in range(start, stop)])
+        yield Batch({"pixel_values": pixels}, split.labels[start:stop])
+
+
+def eval_batches(
+    data: DataSection, directory: Path, *, split: Split = "eval", size: int = 32, completion_only: bool = True
+) -> Iterator[Batch]:
+    """The examples a data section holds out, prepared with the files of a model or checkpoint directory.
+
+    Raises:
+        InputRefused: the data or the preprocessing files are missing.
+    """
+    loaded = load_split(data, split)
+    if isinstance(loaded, ImageSplit):
+        yield from image_batches(loaded, ImagePreprocessor.from_directory(directory), size)
+        return
+    codec = TextCodec.from_directory(directory)
+    limit = data.eval_limit if split == "eval" else data.train_limit
+    items = encode_split(loaded, codec, data.max_length, completion_only=completion_only, limit=limit)
+    yield from text_batches(items, codec.pad_id, size)

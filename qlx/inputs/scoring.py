@@ -1,0 +1,65 @@
+"""Task metrics from logits and labels: accuracy of a classifier; loss, perplexity and accuracy per token."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlx.errors import InputRefused
+from qlx.inputs.text import IGNORED
+
+__all__ = ["Score", "negative_log_likelihood"]
+
+_ROWS = 256
+
+
+def negative_log_likelihood(logits: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """-log softmax(logits)[label] in float64; logits [rows, classes], labels [rows]."""
+    losses = np.empty(len(labels))
+    for start in range(0, len(labels), _ROWS):
+        block = logits[start : start + _ROWS].astype(np.float64)
+        block -= block.max(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(block, labels[start : start + _ROWS, None], axis=-1)[:, 0]
+        losses[start : start + _ROWS] = np.log(np.exp(block).sum(axis=-1)) - chosen
+    return losses
+
+
+@dataclass
+class Score:
+    """Adds up a task's metrics over batches, as float64 sums."""
+
+    task: str
+    count: int = 0
+    loss: float = 0.0
+    correct: int = 0
+
+    def add(self, logits: NDArray[Any], labels: NDArray[np.int64]) -> None:
+        """Count a batch: logits [n, classes] with labels [n], or [n, T, V] with [n, T].
+
+        Labels of a language model stand at their own token's place, as transformers takes them; the
+        logits at t are scored against the label at t + 1.
+        """
+        if self.task == "causal-lm":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        kept = labels != IGNORED
+        rows, targets = logits[kept], labels[kept]
+        if not len(targets):
+            return
+        self.count += len(targets)
+        self.loss += float(negative_log_likelihood(rows, targets).sum())
+        self.correct += int((rows.argmax(axis=-1) == targets).sum())
+
+    def metrics(self) -> dict[str, float]:
+        """`accuracy` and `loss`, or `loss`, `perplexity` and `token_accuracy`; losses in nats.
+
+        Raises:
+            InputRefused: nothing was counted.
+        """
+        if not self.count:
+            raise InputRefused("the evaluation data hold nothing to predict")
+        loss, accuracy = self.loss / self.count, self.correct / self.count
+        if self.task == "causal-lm":
+            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
+        return {"accuracy": accuracy, "loss": loss}

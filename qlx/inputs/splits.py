@@ -1,0 +1,195 @@
+"""A recipe's data section to training and evaluation examples: which ones, in which order, always the same."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlx.errors import InputRefused, Unsupported
+from qlx.inputs.digits import CLASSES, digits
+from qlx.inputs.images import open_image
+from qlx.inputs.python_text import python_docstrings, python_sources
+from qlx.inputs.tables import read_examples
+from qlx.inputs.text import TextCodec, TextExample
+from qlx.recipe import DataSection
+
+__all__ = ["Encoded", "ImageSplit", "Split", "TextSplit", "encode_split", "load_split", "split_digest"]
+
+Split = Literal["train", "eval"]
+
+_IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"))
+_EVAL_NAMES = ("eval", "val", "valid", "validation", "test")
+_SHIFTED_COPIES = 2
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Images (uint8 arrays [H, W, 3], or paths decoded on use), labels int64 [n] and class names."""
+
+    images: Sequence[Any]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Texts as they came from the source, before tokens."""
+
+    examples: tuple[TextExample, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as the model sees it: token ids, and labels of the same length (-100: does not count)."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def load_split(data: DataSection, split: Split) -> ImageSplit | TextSplit:
+    """The examples of a split; the same data section gives the same ones in the same order.
+
+    Limits apply to images here, and to texts after they became token blocks (`encode_split`).
+
+    Raises:
+        InputRefused: the path has no usable data.
+        Unsupported: a file type that is not read.
+    """
+    limit = data.train_limit if split == "train" else data.eval_limit
+    if data.source == "digits":
+        return _limited(_digits_split(data, split), limit)
+    if data.source == "images":
+        return _limited(_folder_split(data, split), limit)
+    return TextSplit(_part(_texts(data), data, split))
+
+
+def split_digest(split: ImageSplit | TextSplit) -> str:
+    """`sha256:…` over the content of a split, so that lineage can name the data."""
+    digest = hashlib.sha256()
+    if isinstance(split, ImageSplit):
+        digest.update(repr(split.classes).encode() + split.labels.tobytes())
+        for image in split.images:
+            digest.update(image.read_bytes() if isinstance(image, Path) else np.ascontiguousarray(image).tobytes())
+    else:
+        for example in split.examples:
+            digest.update(repr((example.prompt, example.completion, example.messages)).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _limited(split: ImageSplit, limit: int | None) -> ImageSplit:
+    if limit is None:
+        return split
+    return ImageSplit(split.images[:limit], split.labels[:limit], split.classes)
+
+
+def _indices(count: int, data: DataSection, split: Split) -> NDArray[np.int64]:
+    """The shuffled positions that belong to a split; at least one example goes to each."""
+    if count < 2:
+        raise InputRefused(f"{data.path or data.source}: {count} examples cannot be divided into training and evaluation")
+    order = np.random.default_rng([data.seed, 0]).permutation(count)
+    held_out = min(max(1, round(count * data.eval_fraction)), count - 1)
+    return order[:held_out] if split == "eval" else order[held_out:]
+
+
+def _digits_split(data: DataSection, split: Split) -> ImageSplit:
+    copies = _SHIFTED_COPIES if data.variant == "shifted" else 1
+    images, labels = digits(data.variant, data.seed, copies)
+    per_copy = len(labels) // copies
+    chosen = _indices(per_copy, data, split)
+    if split == "train":
+        chosen = np.concatenate([chosen + copy * per_copy for copy in range(copies)])
+    return ImageSplit(images[chosen], labels[chosen], CLASSES)
+
+
+def _folder_split(data: DataSection, split: Split) -> ImageSplit:
+    root = Path(data.path or "")
+    if not root.is_dir():
+        raise InputRefused(f"{root}: no such directory (source images needs one directory per class)")
+    held_out = next((root / name for name in _EVAL_NAMES if (root / name).is_dir()), None)
+    if held_out is not None and (root / "train").is_dir():
+        return _folder(root / "train" if split == "train" else held_out, _classes(root / "train"))
+    everything = _folder(root, _classes(root))
+    chosen = _indices(len(everything), data, split)
+    return ImageSplit([everything.images[at] for at in chosen], everything.labels[chosen], everything.classes)
+
+
+def _classes(root: Path) -> tuple[str, ...]:
+    names = tuple(sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith(".")))
+    if len(names) < 2:
+        raise InputRefused(f"{root}: needs one directory per class, two at least")
+    return names
+
+
+def _folder(root: Path, classes: tuple[str, ...]) -> ImageSplit:
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted((root / name).iterdir()) if (root / name).is_dir() else []
+        files = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
+        if not files:
+            raise InputRefused(f"{root / name}: no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
+        paths += files
+        labels += [label] * len(files)
+    open_image(paths[0])
+    return ImageSplit(paths, np.array(labels, np.int64), classes)
+
+
+def _texts(data: DataSection) -> list[TextExample]:
+    if data.source == "python-text":
+        return [TextExample(completion=text) for text in python_sources()]
+    if data.source == "python-docstrings":
+        return [
+            TextExample(messages=({"role": "user", "content": ask}, {"role": "assistant", "content": answer}))
+            for ask, answer in python_docstrings()
+        ]
+    if data.source != "text" or data.path is None:
+        raise Unsupported(f"data.source {data.source!r} holds no text")
+    return read_examples(Path(data.path))
+
+
+def _part(examples: list[TextExample], data: DataSection, split: Split) -> tuple[TextExample, ...]:
+    return tuple(examples[at] for at in _indices(len(examples), data, split))
+
+
+def encode_split(
+    split: TextSplit, codec: TextCodec, max_length: int, *, completion_only: bool, limit: int | None = None
+) -> list[Encoded]:
+    """Token ids and labels of a split: plain texts are joined and cut into blocks, others stay apart.
+
+    Raises:
+        InputRefused: nothing is left to learn from, because `max_length` is too small for every text.
+    """
+    encoded: list[Encoded] = []
+    for item in _encode(split.examples, codec, max_length, completion_only):
+        if len(encoded) == limit:
+            break
+        encoded.append(item)
+    if not encoded:
+        raise InputRefused(f"no text of the data fills or fits data.max_length {max_length}; lower it or give more text")
+    return encoded
+
+
+def _encode(
+    examples: Sequence[TextExample], codec: TextCodec, max_length: int, completion_only: bool
+) -> Iterator[Encoded]:
+    pending: list[int] = []
+    for example in examples:
+        if example.prompt or example.messages:
+            ids, labels = codec.encode(example, max_length, completion_only=completion_only)
+            yield Encoded(ids, labels)
+            continue
+        pending += codec.parts(example)[1]
+        while len(pending) >= max_length:
+            block, pending = pending[:max_length], pending[max_length:]
+            yield Encoded(block, list(block))
+    if len(pending) > 1:
+        yield Encoded(pending, list(pending))

@@ -1,0 +1,203 @@
+"""Text to token ids and back, through the `tokenizers` library; never through code that data names.
+
+A directory's `tokenizer.json` is the tokenizer; `tokenizer_config.json` names its special tokens and,
+there or in `chat_template.jinja`, the chat template.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlx.checkpoint import canonical_json, load_json
+from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, require
+from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
+
+__all__ = ["TEMPLATE_FILE", "TOKENIZER_FILES", "TextCodec", "TextExample", "load_tokenizer", "train_tokenizer"]
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE, "special_tokens_map.json", "added_tokens.json")
+"""Files a tokenizer consists of; those that exist are carried from checkpoint to checkpoint."""
+
+PAD, END = "<|pad|>", "<|end|>"
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+IGNORED = -100
+"""The label of a position that does not count."""
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a directory, with no padding or truncation switched on.
+
+    Raises:
+        InputRefused: there is no `tokenizer.json`.
+        CorruptCheckpoint: it does not parse.
+    """
+    path = Path(directory) / TOKENIZER_FILE
+    if not path.is_file():
+        raise InputRefused(f"{path}: missing; save the model with a fast tokenizer (tokenizer.json)")
+    tokenizers = require("tokenizers", "train")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as error:  # noqa: BLE001 - the library raises a bare Exception and nothing else
+        raise CorruptCheckpoint(f"{path}: not a tokenizer ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One training text: a completion after a prompt (perhaps none), or a chat ending with an answer.
+
+    With `messages`, prompt and completion are empty and come out of the chat template.
+    """
+
+    prompt: str = ""
+    completion: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """A tokenizer with what encoding examples needs: pad and end tokens and the chat template.
+
+    `end` and `begin` are token texts or None; `pad_id` is always valid.
+    """
+
+    tokenizer: Any
+    pad_id: int
+    end: str | None
+    begin: str | None = None
+    template: str = DEFAULT_TEMPLATE
+    specials: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "TextCodec":
+        """Read the tokenizer files of a directory.
+
+        Raises:
+            InputRefused: there is no `tokenizer.json`.
+            CorruptCheckpoint: the files do not parse, or name tokens the vocabulary lacks.
+            UnsafeInput: the chat template is too large.
+        """
+        directory = Path(directory)
+        tokenizer = load_tokenizer(directory)
+        path = directory / CONFIG_FILE
+        config = load_json(path) if path.is_file() else {}
+        specials = {name: _token_text(config.get(name)) for name in ("pad_token", "eos_token", "bos_token")}
+        named = {name: text for name, text in specials.items() if text is not None}
+        for name, text in named.items():
+            if tokenizer.token_to_id(text) is None:
+                raise CorruptCheckpoint(f"{path}: {name} {text!r} is not in the vocabulary")
+        pad = named.get("pad_token", named.get("eos_token"))
+        return cls(
+            tokenizer=tokenizer,
+            pad_id=0 if pad is None else tokenizer.token_to_id(pad),
+            end=named.get("eos_token"),
+            begin=named.get("bos_token"),
+            template=_template(directory, config),
+            specials=named,
+        )
+
+    @property
+    def end_id(self) -> int | None:
+        """Id of the end token."""
+        return None if self.end is None else int(self.tokenizer.token_to_id(self.end))
+
+    def chat(self, messages: Sequence[Message], *, answer_next: bool) -> str:
+        """The chat template applied; with `answer_next` it ends where the assistant's answer begins."""
+        return render_chat(self.template, messages, answer_next=answer_next, specials=self.specials)
+
+    def parts(self, example: TextExample) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the completion, the end token included.
+
+        Raises:
+            InputRefused: the chat template changes the prompt when the answer is added.
+        """
+        if not example.messages:
+            prompt = self.tokenizer.encode(example.prompt).ids if example.prompt else []
+            first = not example.prompt
+            completion = self.tokenizer.encode(example.completion, add_special_tokens=first).ids
+            return prompt, self._ended(completion)
+        prompt = self.chat(example.messages[:-1], answer_next=True)
+        whole = self.chat(example.messages, answer_next=False)
+        if not whole.startswith(prompt):
+            raise InputRefused("the chat template rewrites earlier messages, so the answer cannot be told apart; use prompt/completion data")
+        answer = self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False).ids
+        return self.tokenizer.encode(prompt, add_special_tokens=False).ids, answer
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self.end_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def encode(self, example: TextExample, max_length: int, *, completion_only: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of one example; the prompt loses its beginning if both do not fit.
+
+        Labels are -100 on the prompt when `completion_only`, else equal to the ids.
+        """
+        prompt, completion = self.parts(example)
+        completion = completion[:max_length]
+        room = max_length - len(completion)
+        prompt = prompt[-room:] if room else []
+        hidden = [IGNORED] * len(prompt) if completion_only else prompt
+        return [*prompt, *completion], [*hidden, *completion]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of some token ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as text or as an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _template(directory: Path, config: Mapping[str, Any]) -> str:
+    path = directory / TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else DEFAULT_TEMPLATE
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
+    """Train a byte-level BPE tokenizer; the same texts give the same bytes.
+
+    Returns:
+        The files of the tokenizer by name: `tokenizer.json`, `tokenizer_config.json` and the chat template.
+
+    Raises:
+        Unsupported: `vocab_size` is too small for the 256 bytes and the special tokens.
+    """
+    library = require("tokenizers", "train")
+    bytes_alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    specials = [PAD, END, *_ROLES]
+    if vocab_size < len(bytes_alphabet) + len(specials):
+        raise Unsupported(f"vocab_size {vocab_size} is too small; a byte-level tokenizer needs {256 + len(specials)} or more")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=bytes_alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return {
+        TOKENIZER_FILE: tokenizer.to_str(pretty=False).encode(),
+        CONFIG_FILE: canonical_json(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": END}
+        ),
+        TEMPLATE_FILE: _ROLE_TEMPLATE.encode(),
+    }
+
+
+_ROLE_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)

@@ -1,0 +1,40 @@
+"""Torch models: known architectures, loading (plain, quantized, with adapter), tensor names, outputs, probes."""
+
+from qlx.models.architectures import CONFIG_FILE, KNOWN, Labels, auto_class, build_config, build_model, read_config
+from qlx.models.loading import (
+    STORED_DTYPE,
+    computing_in,
+    load_base,
+    load_model,
+    quantized_fingerprint,
+    torch_float,
+    with_quantized_names,
+)
+from qlx.models.names import plain_names, tensor_names
+from qlx.models.predict import TorchPredictor, forward_logits
+from qlx.models.probing import MAX_LOGITS_BYTES, make_probe, probe_texts, synthetic_inputs
+
+__all__ = [
+    "CONFIG_FILE",
+    "KNOWN",
+    "MAX_LOGITS_BYTES",
+    "STORED_DTYPE",
+    "Labels",
+    "TorchPredictor",
+    "auto_class",
+    "build_config",
+    "build_model",
+    "computing_in",
+    "forward_logits",
+    "load_base",
+    "load_model",
+    "make_probe",
+    "plain_names",
+    "probe_texts",
+    "quantized_fingerprint",
+    "read_config",
+    "synthetic_inputs",
+    "tensor_names",
+    "torch_float",
+    "with_quantized_names",
+]

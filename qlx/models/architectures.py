@@ -1,0 +1,128 @@
+"""The architectures qlx knows: which are loaded at all, what their heads are called, and how small ones are built.
+
+A directory's `config.json` is data. It may choose among the classes of transformers listed here; it
+may not name code, attention kernels or remote files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlx.checkpoint import Task, load_json
+from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported, require
+from qlx.recipe import ArchitectureSection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["CONFIG_FILE", "KNOWN", "Labels", "auto_class", "build_config", "build_model", "read_config"]
+
+CONFIG_FILE = "config.json"
+
+KNOWN: Mapping[Task, tuple[str, ...]] = {
+    "image-classification": ("vit", "deit", "dinov2"),
+    "causal-lm": ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2"),
+}
+"""Model types that are loaded, by task."""
+
+_HARMLESS = frozenset(("_name_or_path", "_commit_hash", "_attn_implementation_autoset"))
+_NAMES_CODE = frozenset(("auto_map", "attn_implementation", "trust_remote_code", "custom_pipelines", "custom_generate"))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class names of a classifier, in order of their index."""
+
+    names: tuple[str, ...]
+
+    def as_config(self) -> dict[str, Any]:
+        """The fields of `config.json` that carry them."""
+        return {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: at for at, name in enumerate(self.names)},
+        }
+
+
+def read_config(directory: Path, task: Task | None = None) -> dict[str, Any]:
+    """`config.json` of a model directory, checked before any library interprets it.
+
+    Raises:
+        InputRefused: there is none.
+        CorruptCheckpoint: not a configuration.
+        UnsafeInput: it names code (`auto_map`, an attention kernel, unknown private fields).
+        Unsupported: an architecture that is not known, or not for `task`.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise InputRefused(f"{path}: missing; a model directory holds config.json and safetensors weights")
+    config = load_json(path)
+    if not isinstance(config, dict):
+        raise CorruptCheckpoint(f"{path}: not a model configuration")
+    _refuse_code(config, path)
+    model_type = config.get("model_type")
+    wanted = KNOWN[task] if task else [name for names in KNOWN.values() for name in names]
+    if model_type not in wanted:
+        what = f"for task {task}" if task else "at all"
+        raise Unsupported(f"{path}: model_type {model_type!r} is not supported {what}; known: {', '.join(wanted)}")
+    return config
+
+
+def _refuse_code(value: Any, path: Path) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _refuse_code(item, path)
+    if not isinstance(value, dict):
+        return
+    for key, inner in value.items():
+        if key in _NAMES_CODE or (key.startswith("_") and key not in _HARMLESS):
+            raise UnsafeInput(f"{path}: field {key!r} can name code to run; qlx loads known architectures only, remove it")
+        _refuse_code(inner, path)
+
+
+def auto_class(task: Task) -> Any:
+    """The transformers class that loads models for a task."""
+    transformers = require("transformers", "train")
+    if task == "causal-lm":
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageClassification
+
+
+def build_config(section: ArchitectureSection, *, labels: Labels | None = None, special: Mapping[str, int | None] | None = None) -> Any:
+    """The transformers configuration of a model built from nothing.
+
+    `labels` are a classifier's classes; `special` the ids of a language model's special tokens by
+    their field name (`pad_token_id`, `eos_token_id`, `vocab_size`).
+
+    Raises:
+        Unsupported: a classifier without labels.
+    """
+    transformers = require("transformers", "train")
+    shared = {
+        "hidden_size": section.hidden_size,
+        "num_hidden_layers": section.layers,
+        "num_attention_heads": section.heads,
+        "intermediate_size": section.intermediate_size,
+    }
+    if section.model_type == "vit":
+        if labels is None:
+            raise Unsupported("a vit classifier needs the class names of its data")
+        sizes = {"image_size": section.image_size, "patch_size": section.patch_size}
+        return transformers.ViTConfig(**shared, **sizes, **labels.as_config())
+    return transformers.LlamaConfig(
+        **shared,
+        num_key_value_heads=section.kv_heads or section.heads,
+        max_position_embeddings=section.max_length,
+        tie_word_embeddings=False,
+        **{"bos_token_id": None, "vocab_size": section.vocab_size, **(special or {})},
+    )
+
+
+def build_model(task: Task, config: Any, *, seed: int) -> "nn.Module":
+    """A model with fresh fp32 weights; the same seed gives the same weights."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = auto_class(task).from_config(config, dtype=torch.float32)
+    return model

@@ -1,0 +1,225 @@
+"""Loading models into torch: a base, plain or quantized and guarded; any checkpoint that torch can run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlx.checkpoint import Checkpoint, Manifest, QuantSpec, Source, Task, require_base, resolve_source
+from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, require
+from qlx.models.architectures import Labels, auto_class, read_config
+from qlx.models.names import tensor_names
+from qlx.weights import open_weights
+
+__all__ = ["STORED_DTYPE", "computing_in", "load_base", "load_model", "quantized_fingerprint", "torch_float", "with_quantized_names"]
+
+_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPE = "stored_dtype"
+"""Key in `QuantSpec.extras`: the dtype the base was loaded in before it was quantized."""
+
+
+def torch_float(name: str) -> torch.dtype:
+    """The torch dtype of a float type's name in recipes and manifests.
+
+    Raises:
+        Unsupported: not float32, bfloat16 or float16.
+    """
+    if name not in _FLOATS:
+        raise Unsupported(f"dtype {name!r} is not one of {', '.join(_FLOATS)}")
+    return _FLOATS[name]
+
+
+def load_base(
+    source_path: Path,
+    task: Task,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quant: QuantSpec | None = None,
+    config_from: Path | None = None,
+    new_head: Labels | None = None,
+) -> nn.Module:
+    """Load a model directory, quantized and guarded if `quant` has a scheme, in evaluation mode.
+
+    Args:
+        source_path: directory with `config.json` and safetensors weights.
+        task: what the model is for.
+        dtype: of the weights that are not quantized, and of the values before quantization.
+        quant: how to quantize (`mode` manual: layer by layer afterwards; hf: while loading).
+        config_from: take `config.json` from this directory instead (an adapter's own).
+        new_head: replace the classification head by a fresh one for these classes.
+
+    Raises:
+        InputRefused: files are missing, or weights the model needs are not in them.
+        UnsafeInput, Unsupported: see `read_config`.
+    """
+    source_path = Path(source_path)
+    config = _config(Path(config_from or source_path), task, new_head)
+    open_weights(source_path)
+    options = {"quantization_config": _hf_quantization(quant)} if _quantizes_on_load(quant) else {}
+    model, info = _from_pretrained(source_path, task, config, dtype, options)
+    _check_loaded(source_path, info, head_may_differ=new_head is not None or config_from is not None)
+    _quantize(model, quant)
+    return model.eval()
+
+
+def _config(directory: Path, task: Task, new_head: Labels | None) -> Any:
+    raw = read_config(directory, task)
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise Unsupported(f"{directory}: weights quantized by {method!r} are not supported as input; start from the plain model")
+    transformers = require("transformers", "train")
+    try:
+        config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{directory}/config.json: transformers cannot use it ({error})") from error
+    if new_head is not None:
+        for name, value in new_head.as_config().items():
+            setattr(config, name, value)
+    return config
+
+
+def _quantizes_on_load(quant: QuantSpec | None) -> bool:
+    return quant is not None and quant.quantized and quant.mode == "hf"
+
+
+def _hf_quantization(quant: QuantSpec | None) -> Any:
+    from qlx.quant import bnb_config
+
+    assert quant is not None
+    return bnb_config(quant)
+
+
+def _from_pretrained(path: Path, task: Task, config: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, info = auto_class(task).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    return model, info
+
+
+def _check_loaded(path: Path, info: Any, *, head_may_differ: bool) -> None:
+    """transformers fills what the files lack with random numbers; only a new head may be that."""
+    wrong = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
+    if head_may_differ:
+        wrong = {name for name in wrong if not name.startswith(("classifier.", "score."))}
+    if wrong:
+        raise InputRefused(
+            f"{path}: tensor {min(wrong)!r} ({len(wrong)} in all) is missing or of another shape, so the model would "
+            "have random weights there; give a directory whose weights fit its config.json"
+        )
+
+
+def _quantize(model: nn.Module, quant: QuantSpec | None) -> None:
+    from qlx.quant import guard_bitsandbytes, quantize_model
+
+    if quant is not None and quant.quantized and quant.mode == "manual":
+        quantize_model(model, quant)
+    elif hasattr(model, "quantization_method") or getattr(model, "is_quantized", False):
+        guard_bitsandbytes(model)
+
+
+def with_quantized_names(model: nn.Module, spec: QuantSpec, directory: Path) -> QuantSpec:
+    """`spec` completed with what became of it: modules, their tensors in the base's files, fingerprint.
+
+    Raises:
+        Unsupported: a quantized weight has no tensor of its own in the base's files.
+    """
+    from qlx.quant import linear4bit_modules
+
+    modules = sorted(name for name, _ in linear4bit_modules(model))
+    stored = tensor_names(model, directory)
+    missing = [name for name in modules if f"{name}.weight" not in stored]
+    if missing:
+        raise Unsupported(f"{directory}: the weight of {missing[0]!r} is not a tensor of its own in these files")
+    tensors = tuple(stored[f"{name}.weight"] for name in modules)
+    fingerprint = quantized_fingerprint(model, stored)
+    return spec.model_copy(update={"modules": tuple(modules), "tensors": tensors, "fingerprint": fingerprint})
+
+
+def quantized_fingerprint(model: nn.Module, stored: Mapping[str, str]) -> str:
+    """Fingerprint of all codes and scales, by the names `stored` gives the weights on disk."""
+    from qlx.quant import linear4bit_modules, packed_fingerprint, packed_of_module
+
+    return packed_fingerprint(
+        (stored[f"{name}.weight"], packed_of_module(layer)) for name, layer in linear4bit_modules(model)
+    )
+
+
+def load_model(
+    checkpoint: Checkpoint, base: Source | None = None, *, compute_dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Any checkpoint torch can run, in evaluation mode, computing in `compute_dtype`.
+
+    A run or adapter is its base, quantized as recorded, with the adapter attached; merged weights
+    and full runs are loaded as they are; packed ones stay packed.
+
+    Raises:
+        Mismatch: `base` is not the recorded one, or quantizes to other codes than training saw.
+        InputRefused: the base is not to be had, or an ONNX checkpoint was given.
+    """
+    manifest = checkpoint.manifest
+    if manifest.kind == "onnx":
+        raise InputRefused(f"{checkpoint.path}: an ONNX checkpoint runs in onnxruntime, not in torch")
+    if manifest.adapter is not None and manifest.adapter.type == "lora" and manifest.kind in ("run", "adapter"):
+        return _adapted(checkpoint, base, compute_dtype)
+    model = load_base(checkpoint.path, manifest.task, dtype=compute_dtype)
+    return computing_in(model, compute_dtype)
+
+
+def _adapted(checkpoint: Checkpoint, base: Source | None, compute_dtype: torch.dtype) -> nn.Module:
+    from qlx.adapters import load_adapter
+
+    manifest = checkpoint.manifest
+    source = base or _recorded_base(manifest, checkpoint.path)
+    require_base(manifest, source)
+    stored = torch_float(str(manifest.quantization.extras.get(STORED_DTYPE, "float32")))
+    model = load_base(source.path, manifest.task, dtype=stored, quant=manifest.quantization, config_from=checkpoint.path)
+    _require_same_codes(model, manifest, source)
+    adapted: nn.Module = load_adapter(model, checkpoint.path)
+    return computing_in(adapted, compute_dtype).eval()
+
+
+def _recorded_base(manifest: Manifest, path: Path) -> Source:
+    if manifest.base is None:
+        raise Mismatch(f"{path}: the checkpoint records no base model")
+    try:
+        return resolve_source(manifest.base.name, manifest.base.revision)
+    except InputRefused as error:
+        raise InputRefused(f"{path}: needs its base model {manifest.base.name}; give it with --base ({error})") from error
+
+
+def _require_same_codes(model: nn.Module, manifest: Manifest, source: Source) -> None:
+    recorded = manifest.quantization.fingerprint
+    if recorded is None:
+        return
+    found = quantized_fingerprint(model, tensor_names(model, source.path))
+    if found != recorded:
+        raise Mismatch(
+            f"{source.name}: quantizes to other codes than training saw ({found[7:19]}…, recorded {recorded[7:19]}…); "
+            "the quantization or the library that made it differs"
+        )
+
+
+def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the unquantized weights to `dtype` and let quantized layers compute in it, in place.
+
+    Codes, scales and buffers (rotary frequencies, for one) stay as they are.
+    """
+    from qlx.quant import set_compute_dtype
+
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    set_compute_dtype(model, dtype)
+    return model
