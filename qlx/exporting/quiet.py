@@ -8,12 +8,16 @@ from collections.abc import Iterator
 
 __all__ = ["quiet"]
 
-_LOGGERS = ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir")
+_LOGGERS = ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir", "bitsandbytes")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence loggers, warnings and standard output of the export libraries; errors still raise."""
+    """Silence loggers, warnings, progress bars and output of the export libraries; errors still raise."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in _known(_LOGGERS)]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -23,6 +27,8 @@ def quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            if shown:
+                bars.enable_progress_bar()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
 
