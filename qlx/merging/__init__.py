@@ -5,6 +5,7 @@ from qlx.merging.plan import Change, MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.values import (
     MAX_ERASED,
     Rounding,
+    as_trained,
     base_value,
     check_effect,
     erased_share,
@@ -18,6 +19,7 @@ __all__ = [
     "Onto",
     "Rounding",
     "adapter_checkpoint",
+    "as_trained",
     "base_value",
     "check_effect",
     "choose_onto",

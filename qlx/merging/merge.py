@@ -28,8 +28,8 @@ from qlx.merging.companions import (
 )
 from qlx.merging.plan import Change, MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.stream import copy_file, load_tensor, overwrite, pieces, write_shards
-from qlx.merging.values import MAX_ERASED, Rounding, check_effect, merged_value
-from qlx.verification import base_of, needs_base, prove, replay, require_quantization
+from qlx.merging.values import MAX_ERASED, Rounding, check_effect, merged_value, require_codes
+from qlx.verification import base_of, needs_base, prove, replay
 from qlx.weights import INDEX_FILE, open_weights, torch_dtype
 
 __all__ = ["adapter_checkpoint", "merge", "plan_of", "write_merged"]
@@ -128,9 +128,7 @@ def plan_of(
     """
     manifest = adapter.manifest
     chosen = choose_onto(manifest.quantization, onto, recorded)
-    if chosen == "as-trained":
-        require_quantization(manifest, source)
-    return plan_merge(
+    plan = plan_merge(
         open_weights(source.path),
         manifest,
         read_adapter(adapter.path),
@@ -138,6 +136,8 @@ def plan_of(
         dtype=dtype,
         tied=bool(read_config(source.path).get("tie_word_embeddings", False)),
     )
+    require_codes(plan)
+    return plan
 
 
 def write_merged(plan: MergePlan, directory: Path) -> list[Rounding]:

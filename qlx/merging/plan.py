@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 
-from qlx.adapters import AdapterWeights, LoraDelta
+from qlx.adapters import AdapterWeights, LoraDelta, delta_bias, delta_shape, disk_names
 from qlx.checkpoint import AdapterSpec, Manifest, QuantSpec
 from qlx.errors import Mismatch, Unsupported
+from qlx.models import STORED_DTYPE
 from qlx.weights import WeightSet, torch_dtype_name
 
 __all__ = ["FLOATS", "Change", "MergePlan", "Onto", "choose_onto", "plan_merge"]
@@ -28,17 +29,24 @@ _TIED = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_out.weigh
 class Change:
     """One tensor of the merged model that differs from the base's.
 
-    `dtype` is the safetensors name it is written in, `shape` its shape. In this order: the base's
-    value goes through the codec of training (`decode`), then `delta` is added; or `value`, a
-    tensor that was trained whole, takes its place.
+    `dtype` is the safetensors name it is written in, `shape` its shape. In this order: `value`, a
+    tensor that was trained whole, replaces the base's, which otherwise is taken as training saw it
+    (`as_trained`: loaded in training's dtype and through its codec) or as it is; then the weight's
+    `delta` or, for a bias, `addend` is added.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    decode: bool = False
-    delta: LoraDelta | None = None
+    as_trained: bool = False
     value: torch.Tensor | None = None
+    delta: LoraDelta | None = None
+    addend: torch.Tensor | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the adapter changes this tensor, as opposed to the codec alone."""
+        return self.value is not None or self.delta is not None or self.addend is not None
 
 
 @dataclass(frozen=True)
@@ -122,24 +130,38 @@ def plan_merge(
         raise Unsupported(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
     if manifest.adapter is None:
         raise Mismatch(f"checkpoint {manifest.tag!r} holds no adapter to merge")
+    as_trained = onto == "as-trained"
+    seen = _seen_otherwise(weights, manifest.quantization) if as_trained else frozenset()
+    values = _saved(weights, manifest.adapter, adapter)
+    deltas = _deltas(weights, manifest.adapter, adapter, values)
+    addends = _addends(weights, deltas, values)
     cast = None if dtype is None else FLOATS[dtype]
-    decoded = _decoded(weights, manifest.quantization) if onto == "as-trained" else frozenset()
-    changes = {
-        name: Change(name, _cast(weights[name].dtype, cast), weights[name].shape, decode=True)
-        for name in decoded
-    }
-    for name, delta in _deltas(weights, manifest.adapter, adapter).items():
-        info = weights[name]
-        changes[name] = Change(name, _cast(info.dtype, cast), info.shape, name in decoded, delta)
-    for name, value in _saved(weights, manifest.adapter, adapter).items():
-        own = weights[name].dtype if name in weights else torch_dtype_name(value.dtype)
-        changes[name] = Change(name, _cast(own, cast), tuple(value.shape), value=value)
+    changes = {}
+    for name in sorted({*seen, *values, *deltas, *addends}):
+        value = values.get(name)
+        own = weights[name].dtype if name in weights else torch_dtype_name(_known(value).dtype)
+        shape = weights[name].shape if value is None else tuple(value.shape)
+        changes[name] = Change(
+            name=name,
+            dtype=_cast(own, cast),
+            shape=shape,
+            as_trained=as_trained and value is None,
+            value=value,
+            delta=deltas.get(name),
+            addend=addends.get(name),
+        )
     if tied:
         _refuse_tied(changes)
-    return MergePlan(weights, manifest.quantization, onto, dict(sorted(changes.items())), cast)
+    return MergePlan(weights, manifest.quantization, onto, changes, cast)
 
 
-def _decoded(weights: WeightSet, spec: QuantSpec) -> frozenset[str]:
+def _known(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None
+    return value
+
+
+def _seen_otherwise(weights: WeightSet, spec: QuantSpec) -> frozenset[str]:
+    """The tensors whose values in training were not those of the base's files."""
     if spec.quantized and not spec.tensors:
         raise Mismatch(
             "the record says the base was quantized but lists no tensors; make the adapter again"
@@ -149,10 +171,22 @@ def _decoded(weights: WeightSet, spec: QuantSpec) -> frozenset[str]:
         raise Mismatch(
             f"{weights.directory}: the tensor {missing[0]!r}, quantized in training, is missing"
         )
-    return frozenset(spec.tensors)
+    stored = FLOATS[str(spec.extras.get(STORED_DTYPE, "float32"))]
+    narrowed = (name for name, info in weights.items() if _narrows(info.dtype, stored))
+    return frozenset((*spec.tensors, *narrowed))
 
 
-def _deltas(weights: WeightSet, spec: AdapterSpec, adapter: AdapterWeights) -> dict[str, LoraDelta]:
+def _narrows(dtype: str, stored: str) -> bool:
+    return stored != "F32" and dtype in FLOATS.values() and dtype != stored
+
+
+def _deltas(
+    weights: WeightSet,
+    spec: AdapterSpec,
+    adapter: AdapterWeights,
+    values: Mapping[str, torch.Tensor],
+) -> dict[str, LoraDelta]:
+    """The delta of each weight, by tensor name; every recorded module must have one."""
     lost = sorted(set(spec.tensors) - set(adapter.deltas))
     if lost:
         raise Mismatch(
@@ -163,13 +197,13 @@ def _deltas(weights: WeightSet, spec: AdapterSpec, adapter: AdapterWeights) -> d
         name = spec.tensors.get(module)
         if name is None or name not in weights:
             raise Mismatch(
-                f"{weights.directory}: nothing in the base belongs to the adapted module {module!r}"
+                f"{weights.directory}: no tensor of the base belongs to the adapted module {module!r}"
             )
-        shape = (delta.b.shape[0], delta.a.shape[1])
-        if weights[name].shape != shape or weights[name].dtype not in FLOATS.values():
+        shape = tuple(values[name].shape) if name in values else weights[name].shape
+        if shape != delta_shape(delta) or weights[name].dtype not in FLOATS.values():
             raise Mismatch(
-                f"{weights.directory}: tensor {name!r} is {weights[name].dtype}{list(weights[name].shape)}, "
-                f"the adapter's delta for it is {list(shape)}"
+                f"{weights.directory}: tensor {name!r} is {weights[name].dtype} {list(shape)}, "
+                f"the adapter's delta for it is {list(delta_shape(delta))}"
             )
         if name in found:
             raise Mismatch(f"two modules of the adapter change the tensor {name!r}")
@@ -180,34 +214,45 @@ def _deltas(weights: WeightSet, spec: AdapterSpec, adapter: AdapterWeights) -> d
 def _saved(
     weights: WeightSet, spec: AdapterSpec, adapter: AdapterWeights
 ) -> dict[str, torch.Tensor]:
-    named = {
-        _file_name(parameter, spec, weights): value for parameter, value in adapter.saved.items()
-    }
-    if len(named) != len(adapter.saved):
-        raise Mismatch("two parameters that the adapter saves whole have one name in the base")
+    """The parameters trained whole, by tensor name; a new head keeps its name in memory."""
+    named: dict[str, torch.Tensor] = {}
+    for parameter, value in adapter.saved.items():
+        name = _file_name(parameter, spec, weights)
+        if name in named:
+            raise Mismatch(f"two parameters that the adapter saves whole are the tensor {name!r}")
+        named[name] = value
     return named
 
 
 def _file_name(parameter: str, spec: AdapterSpec, weights: WeightSet) -> str:
-    """The name in the base's files of a parameter that was trained whole."""
     module, _, leaf = parameter.rpartition(".")
     if module in spec.tensors:
         return f"{spec.tensors[module].removesuffix('.weight')}.{leaf}"
-    recorded = spec.tensors.get(parameter)
-    if recorded is not None or parameter in weights:
-        return recorded or parameter
-    raise Mismatch(
-        f"{weights.directory}: nothing in the base belongs to the parameter {parameter!r}, "
-        "which the adapter saves whole"
-    )
+    if parameter.split(".")[0] in spec.modules_to_save and parameter not in weights:
+        return parameter
+    return disk_names([parameter], weights)[parameter]
+
+
+def _addends(
+    weights: WeightSet, deltas: Mapping[str, LoraDelta], values: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What is added to the biases of adapted modules (LoRA with `lora_bias`), by tensor name."""
+    found = {}
+    for name, delta in deltas.items():
+        addend = delta_bias(delta)
+        if addend is None:
+            continue
+        bias = f"{name.removesuffix('.weight')}.bias"
+        if bias not in weights and bias not in values:
+            raise Unsupported(
+                f"module {delta.module!r}: the adapter adds a bias, but the base has none there"
+            )
+        found[bias] = addend
+    return found
 
 
 def _refuse_tied(changes: Mapping[str, Change]) -> None:
-    touched = [
-        name
-        for name, change in changes.items()
-        if name.endswith(_TIED) and (change.delta or change.value is not None)
-    ]
+    touched = [name for name, change in changes.items() if name.endswith(_TIED) and change.adapted]
     if touched:
         raise Unsupported(
             f"the adapter changes {touched[0]!r}, but the base ties input and output embeddings; "

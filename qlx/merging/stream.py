@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,7 +103,8 @@ def load_tensor(weights: WeightSet, name: str) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, sharing its memory."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def overwrite(path: Path, tensors: Iterable[tuple[TensorInfo, torch.Tensor]]) -> None:

@@ -11,13 +11,25 @@ import torch
 from torch import Tensor
 
 from qlx.adapters import merged_weight
-from qlx.errors import CheckFailed
+from qlx.checkpoint import QuantSpec
+from qlx.errors import CheckFailed, Mismatch
 from qlx.merging.plan import Change, MergePlan
 from qlx.merging.stream import load_tensor
-from qlx.quant import dequantize_tensor, quantize_tensor
-from qlx.weights import torch_dtype
+from qlx.models import STORED_DTYPE, torch_float
+from qlx.quant import dequantize_tensor, packed_fingerprint, quantize_tensor
+from qlx.weights import WeightSet, torch_dtype
 
-__all__ = ["MAX_ERASED", "Rounding", "base_value", "check_effect", "erased_share", "merged_value"]
+__all__ = [
+    "MAX_ERASED",
+    "Rounding",
+    "as_loaded",
+    "as_trained",
+    "base_value",
+    "check_effect",
+    "erased_share",
+    "merged_value",
+    "require_codes",
+]
 
 MAX_ERASED = 0.5
 """The largest share of an adapter's weight change that rounding may take before a merge is refused."""
@@ -49,23 +61,40 @@ def erased_share(roundings: Iterable[Rounding]) -> float:
     return max(0.0, 1.0 - sum(item.kept for item in items) / energy) if energy else 1.0
 
 
+def as_loaded(weights: WeightSet, spec: QuantSpec, name: str) -> Tensor:
+    """A tensor of the base in the dtype that training loaded it in (before any quantization)."""
+    stored = load_tensor(weights, name)
+    dtype = torch_float(str(spec.extras.get(STORED_DTYPE, "float32")))
+    return stored.to(dtype) if stored.is_floating_point() else stored
+
+
+def as_trained(weights: WeightSet, spec: QuantSpec, name: str) -> Tensor:
+    """The fp32 value that training saw of a tensor: loaded in its dtype, and through its codec."""
+    loaded = as_loaded(weights, spec, name)
+    if name in spec.tensors:
+        return dequantize_tensor(quantize_tensor(loaded, spec), torch.float32)
+    return loaded.float()
+
+
 def base_value(plan: MergePlan, change: Change) -> Tensor:
-    """The fp32 value of a tensor that the delta is added to: decoded where training quantized it."""
-    stored = load_tensor(plan.weights, change.name)
-    if change.decode:
-        stored = dequantize_tensor(quantize_tensor(stored, plan.spec), torch.float32)
-    return stored.float()
+    """The fp32 value that a delta is added to: trained whole, as training saw it, or as stored."""
+    if change.value is not None:
+        return change.value.float()
+    if change.as_trained:
+        return as_trained(plan.weights, plan.spec, change.name)
+    return load_tensor(plan.weights, change.name).float()
 
 
 def merged_value(plan: MergePlan, change: Change) -> tuple[Tensor, Rounding | None]:
-    """The tensor to write, in its final dtype, and what rounding cost (None where there is no delta)."""
+    """The tensor to write, in its final dtype, and what rounding cost (None where no delta is added)."""
     dtype = torch_dtype(change.dtype)
-    if change.value is not None:
-        return change.value.to(dtype), None
     before = base_value(plan, change)
-    if change.delta is None:
+    if change.delta is not None:
+        after = merged_weight(before, change.delta)
+    elif change.addend is not None:
+        after = before + change.addend
+    else:
         return before.to(dtype), None
-    after = merged_weight(before, change.delta)
     written = after.to(dtype)
     return written, _rounding(change.name, before, after, written)
 
@@ -108,3 +137,24 @@ def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> flo
             f"worst {worst.name!r} {worst.erased:.0%}); merge with --dtype float32"
         )
     return erased
+
+
+def require_codes(plan: MergePlan) -> None:
+    """Check that quantizing the base gives the very codes and scales that training saw.
+
+    Nothing is checked where the merge is onto the original base or the record has no fingerprint.
+
+    Raises:
+        Mismatch: the codes differ.
+    """
+    spec = plan.spec
+    if plan.onto == "original" or spec.fingerprint is None:
+        return
+    found = packed_fingerprint(
+        (name, quantize_tensor(as_loaded(plan.weights, spec, name), spec)) for name in spec.tensors
+    )
+    if found != spec.fingerprint:
+        raise Mismatch(
+            f"{plan.weights.directory}: quantizes to other codes than training saw ({found[7:19]}…, "
+            f"recorded {spec.fingerprint[7:19]}…); the quantization or its library differs"
+        )

@@ -73,7 +73,7 @@ def pack(
         weights_to_pack(opened, base) as (weights, companions),
         new_checkpoint(output, force=force) as staging,
     ):
-        selection = select_modules(companions, opened.manifest, group_size)
+        selection = select_modules(weights, companions, opened.manifest, group_size)
         tell(f"packing {len(selection.tensors)} of {len(weights.names())} tensors to {to}")
         layers: list[LayerRetention] = []
         fingerprint = _write(staging, weights, selection, spec, layers)

@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlx.checkpoint import Manifest
-from qlx.errors import Unsupported
+import torch
+from torch import nn
+
+from qlx.checkpoint import Manifest, Task
+from qlx.errors import Unsupported, require
+from qlx.models import auto_class, read_config, tensor_names
+from qlx.packing.source import Weights
 from qlx.quant import eligible_modules
 
 __all__ = ["Selection", "select_modules"]
@@ -22,21 +27,20 @@ class Selection:
     skipped: tuple[str, ...]
 
 
-def select_modules(directory: Path, manifest: Manifest, group_size: int) -> Selection:
+def select_modules(
+    weights: Weights, companions: Path, manifest: Manifest, group_size: int
+) -> Selection:
     """Choose what to pack: what training had quantized, else every eligible linear layer.
 
     Embeddings, heads, norms and layers whose inputs are no multiple of `group_size` are never
-    packed. The model is built without memory for its weights.
+    packed. `companions` holds the configuration, from which the model is built without memory for
+    its weights.
 
     Raises:
         Unsupported: nothing can be packed.
     """
-    from torch import nn
-
-    from qlx.models import empty_model, tensor_names
-
-    model = empty_model(directory, manifest.task)
-    names = tensor_names(model)
+    model = _empty_model(companions, manifest.task)
+    names = tensor_names(model, weights.directory)
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -49,5 +53,14 @@ def select_modules(directory: Path, manifest: Manifest, group_size: int) -> Sele
         if module in allowed and (not recorded or names[f"{module}.weight"] in recorded)
     }
     if not chosen:
-        raise Unsupported(f"{directory}: no linear layer can be packed in groups of {group_size}")
+        raise Unsupported(f"{companions}: no linear layer can be packed in groups of {group_size}")
     return Selection(chosen, tuple(name for name in linears if name not in chosen))
+
+
+def _empty_model(directory: Path, task: Task) -> nn.Module:
+    fields = read_config(directory, task)
+    fields.pop("quantization_config", None)
+    config = require("transformers", "train").CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    with torch.device("meta"):
+        model: nn.Module = auto_class(task).from_config(config)
+    return model

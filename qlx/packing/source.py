@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from qlx.checkpoint import Checkpoint, Manifest, Source
 from qlx.errors import InputRefused, Mismatch
-from qlx.merging import MergePlan, adapter_checkpoint, base_value, merged_value, plan_of
+from qlx.merging import MergePlan, adapter_checkpoint, as_trained, base_value, merged_value, plan_of
 from qlx.merging.stream import load_tensor
-from qlx.quant import dequantize_tensor, quantize_tensor
 from qlx.verification import base_of, needs_base
 from qlx.weights import WeightSet, open_weights
 
@@ -22,6 +20,11 @@ __all__ = ["Weights", "WholeWeights", "weights_to_pack"]
 
 class Weights(Protocol):
     """Tensors by their names in the files, and what they were before the adapter."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the weight files lie whose tensor names these are."""
+        ...
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -44,6 +47,11 @@ class WholeWeights:
     manifest: Manifest
     base: WeightSet | None
 
+    @property
+    def directory(self) -> Path:
+        """The checkpoint's directory."""
+        return self.weights.directory
+
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self.weights)
@@ -60,10 +68,9 @@ class WholeWeights:
         )
         if self.base is None or not adapted or name not in self.base:
             return None
-        stored, spec = load_tensor(self.base, name), self.manifest.quantization
-        if name in spec.tensors and not _onto_original(self.manifest):
-            return dequantize_tensor(quantize_tensor(stored, spec), torch.float32)
-        return stored.float()
+        if _onto_original(self.manifest):
+            return load_tensor(self.base, name).float()
+        return as_trained(self.base, self.manifest.quantization, name)
 
 
 def _onto_original(manifest: Manifest) -> bool:
@@ -75,6 +82,11 @@ class MergedOnTheFly:
     """Weights that a merge plan would write, without writing them."""
 
     plan: MergePlan
+
+    @property
+    def directory(self) -> Path:
+        """The base's directory."""
+        return self.plan.weights.directory
 
     def names(self) -> list[str]:
         """All tensor names of the merged model, sorted."""

@@ -3,7 +3,7 @@
 Needs numpy; torch or onnxruntime only when a checkpoint is actually run.
 """
 
-from qlx.verification.base import base_of, needs_base, require_quantization
+from qlx.verification.base import base_of, needs_base
 from qlx.verification.metrics import Comparison, compare
 from qlx.verification.prove import prove, sealed
 from qlx.verification.replay import Predictor, predictor_of, probe_of, replay
@@ -43,7 +43,6 @@ __all__ = [
     "prove",
     "reference_thresholds",
     "replay",
-    "require_quantization",
     "rows",
     "sealed",
     "tightened",

@@ -5,7 +5,7 @@ from pathlib import Path
 from qlx.checkpoint import Checkpoint, Manifest, Source, require_base, resolve_source
 from qlx.errors import InputRefused, Mismatch
 
-__all__ = ["base_of", "needs_base", "require_quantization"]
+__all__ = ["base_of", "needs_base"]
 
 
 def needs_base(manifest: Manifest) -> bool:
@@ -47,29 +47,3 @@ def _recorded_base(checkpoint: Checkpoint, name: str, revision: str | None) -> S
         raise InputRefused(
             f"{checkpoint.path}: needs its base model {name}, not found here; pass --base DIR"
         ) from error
-
-
-def require_quantization(manifest: Manifest, source: Source) -> None:
-    """Check that quantizing the base gives the very codes and scales that training saw.
-
-    Nothing is checked where the record names no quantization.
-
-    Raises:
-        Mismatch: a recorded tensor is missing, or the codes differ.
-    """
-    if manifest.quantization.fingerprint is None:
-        return
-    from qlx.quant import packed_fingerprint, quantize_tensor
-    from qlx.weights import open_weights, read_tensor
-
-    spec, weights = manifest.quantization, open_weights(source.path)
-    missing = [name for name in spec.tensors if name not in weights]
-    if missing:
-        raise Mismatch(
-            f"{source.name}: has no tensor {missing[0]!r}, which the adapter's record says was quantized"
-        )
-    packed = ((name, quantize_tensor(read_tensor(weights, name), spec)) for name in spec.tensors)
-    if packed_fingerprint(packed) != spec.fingerprint:
-        raise Mismatch(
-            f"{source.name}: quantizing it gives other codes than the adapter was trained on; check the versions"
-        )

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlx.checkpoint import Checkpoint, Manifest, Probe, ProbeResult, Source, open_checkpoint
 from qlx.errors import CheckFailed, InputRefused, Mismatch
-from qlx.verification.base import base_of, needs_base, require_quantization
+from qlx.verification.base import base_of, needs_base
 from qlx.verification.metrics import Array, Comparison, compare
 from qlx.verification.replay import probe_of, replay
 from qlx.verification.report import Report
@@ -55,6 +55,7 @@ def verify(
     checks, source = _identity(checkpoint, base)
     probe = probe_of(checkpoint)
     outputs = replay(checkpoint, source, probe)
+    checks += _quantization(checkpoint.manifest)
     comparisons, judged = verify_outputs(checkpoint.manifest, probe, outputs, tighten)
     return Report(
         subject=checkpoint.path.name or str(checkpoint.path),
@@ -80,19 +81,18 @@ def _identity(
     source = base_of(checkpoint, base)
     if source is not None:
         checks.append(Check("base", True, f"{source.name} holds the recorded weights"))
-        if needs_base(manifest) and manifest.quantization.fingerprint is not None:
-            require_quantization(manifest, source)
-            checks.append(
-                Check(
-                    "quantization",
-                    True,
-                    f"{len(manifest.quantization.tensors)} tensors give the recorded codes",
-                )
-            )
     results = () if manifest.probe is None else manifest.probe.results
     failed = [f"{result.step} against {result.against}" for result in results if not result.passed]
     checks.append(Check("lineage", not failed, _history(manifest, failed)))
     return checks, source
+
+
+def _quantization(manifest: Manifest) -> list[Check]:
+    """What running an adapter has shown: loading refuses a base that quantizes to other codes."""
+    if not needs_base(manifest) or manifest.quantization.fingerprint is None:
+        return []
+    count = len(manifest.quantization.tensors)
+    return [Check("quantization", True, f"{count} tensors of the base give the recorded codes")]
 
 
 def _history(manifest: Manifest, failed: list[str]) -> str:
