@@ -7,7 +7,7 @@ key that is not loaded, a target that is not there) these functions refuse.
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +17,12 @@ from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
 from qlx.checkpoint import AdapterSpec, canonical_json
 from qlx.errors import Mismatch, Unsupported, require
 from qlx.quant import HEAD_NAMES
+from qlx.recipe import AdapterSection
 from qlx.weights import read_tensors, write_tensors
 
 __all__ = [
-    "adapter_spec",
     "adapted_modules",
+    "adapter_spec",
     "attach_adapter",
     "auto_targets",
     "load_adapter",
@@ -31,33 +32,6 @@ __all__ = [
 ]
 
 _TASKS = {"causal-lm": "CAUSAL_LM", "image-classification": None, None: None}
-
-
-class AdapterOptions(Protocol):
-    """What `attach_adapter` needs to know; the adapter section of a recipe is one."""
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-    @property
-    def alpha(self) -> float: ...  # noqa: D102
-    @property
-    def dropout(self) -> float: ...  # noqa: D102
-    @property
-    def target_modules(self) -> Any: ...  # noqa: D102
-    @property
-    def bias(self) -> str: ...  # noqa: D102
-    @property
-    def use_rslora(self) -> bool: ...  # noqa: D102
-    @property
-    def use_dora(self) -> bool: ...  # noqa: D102
-    @property
-    def init_lora_weights(self) -> str: ...  # noqa: D102
-    @property
-    def rank_pattern(self) -> dict[str, int]: ...  # noqa: D102
-    @property
-    def alpha_pattern(self) -> dict[str, float]: ...  # noqa: D102
-    @property
-    def modules_to_save(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple[str, ...]:
@@ -84,7 +58,7 @@ def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple
 
 
 def lora_config(
-    section: AdapterOptions, targets: Iterable[str] | None = None, *, task: str | None = None
+    section: AdapterSection, targets: Iterable[str] | None = None, *, task: str | None = None
 ) -> Any:
     """The `peft.LoraConfig` of a recipe's adapter section; `targets` replaces `auto`."""
     peft = require("peft", "train")
@@ -105,7 +79,7 @@ def lora_config(
     )
 
 
-def attach_adapter(model: nn.Module, section: AdapterOptions, *, task: str | None = None) -> Any:
+def attach_adapter(model: nn.Module, section: AdapterSection, *, task: str | None = None) -> Any:
     """A `PeftModel` around `model` (changed in place) with a fresh adapter to train.
 
     Raises:
@@ -116,7 +90,10 @@ def attach_adapter(model: nn.Module, section: AdapterOptions, *, task: str | Non
     automatic = section.target_modules == "auto"
     targets = auto_targets(model, section.modules_to_save) if automatic else section.target_modules
     names = [name for name, _ in model.named_modules()]
-    for field, entries in (("target_modules", targets), ("modules_to_save", section.modules_to_save)):
+    for field, entries in (
+        ("target_modules", targets),
+        ("modules_to_save", section.modules_to_save),
+    ):
         for entry in entries:
             if not any(f".{name}".endswith(f".{entry}") for name in names):
                 raise Unsupported(f"adapter.{field}: {entry!r} names no part of this model")

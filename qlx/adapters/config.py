@@ -91,8 +91,10 @@ class AdapterConfig:
 
 
 def pattern_matches(key: str, module: str) -> bool:
-    """Whether a pattern key applies to a module, by PEFT's rule: a regular expression for the
-    whole name or for its dotted ending."""
+    """Whether a pattern key applies to a module.
+
+    PEFT's rule: the key is a regular expression for the whole name or for its dotted ending.
+    """
     return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
@@ -200,7 +202,9 @@ class _Reader:
         """Refuse expressions that can backtrack without end: repeated groups, many wildcards."""
         repeats = len(re.findall(r"[*+}]", key))
         if len(key) > _LONGEST_PATTERN or re.search(r"\)\s*[*+{?]", key) or repeats > 3:
-            raise UnsafeInput(f"{self.path}: {name} key {key[:80]!r} is too complex to match safely")
+            raise UnsafeInput(
+                f"{self.path}: {name} key {key[:80]!r} is too complex to match safely"
+            )
         try:
             re.compile(key)
         except re.error as error:

@@ -48,7 +48,7 @@ class LoraDelta:
 
 
 def scaling_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    """Give alpha / r, or alpha / sqrt(r) for rsLoRA."""
     return alpha / sqrt(rank) if use_rslora else alpha / rank
 
 
@@ -61,10 +61,10 @@ def delta_shape(delta: LoraDelta) -> tuple[int, ...]:
 
 
 def delta_weight(delta: LoraDelta) -> Tensor:
-    """scaling * B @ A in float32, in the shape and orientation of the stored weight."""
+    """The product scaling * B @ A in float32, in the shape and orientation of the stored weight."""
     a = delta.a.float().flatten(1)
     b = delta.b.float().flatten(1)
-    product = (b @ a) * delta.scaling
+    product: Tensor = (b @ a) * delta.scaling
     if delta._out_axis:
         product = product.T
     return product.reshape(delta_shape(delta))
@@ -90,9 +90,11 @@ def merged_weight(base: Tensor, delta: LoraDelta) -> Tensor:
         return updated
     axis = delta._out_axis
     others = tuple(dim for dim in range(updated.dim()) if dim != axis)
-    norm = torch.linalg.vector_norm(updated, dim=others, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(updated, dim=others, keepdim=True)
     if not bool((norm > 0).all()):
-        raise InputRefused(f"module {delta.module!r}: DoRA cannot rescale an output that is all zero")
+        raise InputRefused(
+            f"module {delta.module!r}: DoRA cannot rescale an output that is all zero"
+        )
     return updated * (delta.magnitude.float().reshape(norm.shape) / norm)
 
 

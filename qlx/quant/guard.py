@@ -14,6 +14,7 @@ level * absmax in float32 and cast once to the compute dtype (the value the stoc
 with), dequantized again in the backward pass instead of kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from qlx.errors import Unsupported
-from qlx.quant.codec4bit import NestedScales, PackedTensor, unnest_scales
+from qlx.quant.codec4bit import (
+    NESTED_BLOCK,
+    NestedScales,
+    PackedTensor,
+    levels,
+    unnest_scales,
+)
 
 __all__ = ["GuardedLinear4bit", "guard_module", "guarded_linear", "packed_of_module"]
 
@@ -60,9 +67,10 @@ class GuardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc,unused-ignore]
     """`Linear4bit` with a forward that is exact, never repacks and never touches its bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in the dtype of x, computed in `compute_dtype` if that is set."""
+        """Map x [..., in] to [..., out] in the dtype of x, computed in `compute_dtype` if set."""
         dtype = self.compute_dtype or x.dtype
-        y: Tensor = _DequantizedLinear.apply(x.to(dtype), self.weight, _state_of(self))
+        apply: Callable[..., Tensor] = _DequantizedLinear.apply
+        y = apply(x.to(dtype), self.weight, _state_of(self))
         if self.bias is not None:
             y = y + self.bias.to(dtype)
         return y.to(x.dtype)
@@ -72,7 +80,9 @@ def _state_of(module: Any) -> Any:
     """The quantization state, which some wrappers leave on the module only."""
     state = getattr(module.weight, "quant_state", None) or module.quant_state
     if state is None:
-        raise Unsupported("a 4-bit layer has no quantization state; move the model to its device first")
+        raise Unsupported(
+            "a 4-bit layer has no quantization state; move the model to its device first"
+        )
     return state
 
 
@@ -156,8 +166,6 @@ def guarded_linear(
 
 
 def _quant_state(packed: PackedTensor) -> Any:
-    from qlx.quant.codec4bit import NESTED_BLOCK, levels
-
     state = bnb.functional.QuantState
     nested = packed.nested
     inner = None

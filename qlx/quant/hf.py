@@ -22,7 +22,9 @@ def bnb_config(spec: QuantSpec) -> Any:
     if spec.scheme is None:
         raise Unsupported("the quantization names no scheme; give nf4 or fp4")
     if spec.group_size not in (None, 64):
-        raise Unsupported(f"mode hf quantizes in blocks of 64, not {spec.group_size}; use mode manual")
+        raise Unsupported(
+            f"mode hf quantizes in blocks of 64, not {spec.group_size}; use mode manual"
+        )
     transformers = require("transformers", "train")
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,

@@ -104,7 +104,7 @@ def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> PackedTenso
         absmax=_part(entries, absmax, torch.float32) if nested is None else unnest_scales(nested),
         nested=nested,
         shape=_shape(state, name),
-        dtype=torch_dtype_of(str(state.get("dtype"))),
+        dtype=_dtype(state, name),
         scheme=scheme,
         block_size=state["blocksize"],
     )
@@ -142,6 +142,13 @@ def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         raise CorruptCheckpoint(f"tensor {name!r}: shape {shape!r} in its quant_state")
     return tuple(shape)
+
+
+def _dtype(state: Mapping[str, Any], name: str) -> torch.dtype:
+    try:
+        return torch_dtype_of(str(state.get("dtype")))
+    except Unsupported as error:
+        raise Unsupported(f"tensor {name!r}: {error}") from error
 
 
 def _nested(

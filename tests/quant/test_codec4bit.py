@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from qlx.checkpoint import QuantSpec
 from qlx.errors import InputRefused, Unsupported
 from qlx.quant import dequantize_tensor, levels, quantize_tensor
@@ -18,9 +19,7 @@ def spec(scheme="nf4", nested=False, block=64):
 
 
 def stock(weight, scheme, nested, block=64):
-    return F.quantize_4bit(
-        weight, blocksize=block, quant_type=scheme, compress_statistics=nested
-    )
+    return F.quantize_4bit(weight, blocksize=block, quant_type=scheme, compress_statistics=nested)
 
 
 def bits(tensor):
@@ -35,13 +34,31 @@ def flushed(values):
     return torch.where(values.abs() < torch.finfo(torch.float32).tiny, 0 * values, values)
 
 
-def trained_like(shape, seed):
-    """Rows of very different size, a few outliers, some exact zeros: what trained weights look like."""
+def uneven(shape, seed):
+    """Rows of very different size, a few outliers, some exact zeros."""
     g = torch.Generator().manual_seed(seed)
-    w = torch.randn(shape, generator=g) * torch.exp(2 * torch.randn(shape[0], 1, generator=g)) * 0.02
+    w = (
+        torch.randn(shape, generator=g)
+        * torch.exp(2 * torch.randn(shape[0], 1, generator=g))
+        * 0.02
+    )
     w[torch.rand(shape, generator=g) < 0.01] *= 20
     w[torch.rand(shape, generator=g) < 0.02] = 0
     return w
+
+
+def trained():
+    """The first layer of a small network after 60 steps of Adam."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(128, 192), torch.nn.Tanh(), torch.nn.Linear(192, 8))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    x = torch.randn(256, 128)
+    y = (x[:, :8] * x[:, 8:16]).sin()
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+    return net[0].weight.detach()
 
 
 def ties(scheme, shape):
@@ -52,16 +69,19 @@ def ties(scheme, shape):
 
 
 CASES = {
-    "random": lambda scheme: torch.randn(96, 192, generator=torch.Generator().manual_seed(1)) * 0.02,
-    "trained": lambda scheme: trained_like((80, 256), 2),
+    "random": lambda scheme: (
+        torch.randn(96, 192, generator=torch.Generator().manual_seed(1)) * 0.02
+    ),
+    "trained": lambda scheme: trained(),
+    "uneven rows": lambda scheme: uneven((80, 256), 2),
     "zeros": lambda scheme: torch.zeros(32, 64),
-    "one zero block": lambda scheme: torch.cat([torch.zeros(1, 64), trained_like((40, 64), 3)]),
-    "tiny": lambda scheme: trained_like((32, 128), 4) * 1e-30,
-    "subnormal": lambda scheme: trained_like((32, 128), 5) * 1e-38,
-    "huge": lambda scheme: trained_like((32, 128), 6) * 1e30,
+    "one zero block": lambda scheme: torch.cat([torch.zeros(1, 64), uneven((40, 64), 3)]),
+    "tiny": lambda scheme: uneven((32, 128), 4) * 1e-30,
+    "subnormal": lambda scheme: uneven((32, 128), 5) * 1e-38,
+    "huge": lambda scheme: uneven((32, 128), 6) * 1e30,
     "ties": lambda scheme: ties(scheme, (64, 64)),
     "constant": lambda scheme: torch.full((64, 64), 0.25),
-    "many scales": lambda scheme: trained_like((700, 128), 7),
+    "many scales": lambda scheme: uneven((700, 128), 7),
 }
 
 
@@ -93,7 +113,7 @@ def test_codec_equals_bitsandbytes(case, scheme, nested):
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
 @pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 4096])
 def test_every_block_size(block, scheme):
-    weight = trained_like((24, 4096), block)
+    weight = uneven((24, 4096), block)
     codes, state = stock(weight, scheme, True, block)
     packed = quantize_tensor(weight, spec(scheme, True, block))
     assert same(packed.codes, codes)
@@ -103,8 +123,10 @@ def test_every_block_size(block, scheme):
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(3, 50), (5, 33), (7, 96), (33, 70), (64, 688), (1, 1), (3, 64)])
 def test_rows_that_are_not_whole_blocks(shape, scheme):
-    """Codes and scales equal bitsandbytes; values are within half a step of the weight, which
-    bitsandbytes' own are not (its dequantize is wrong there)."""
+    """Codes and scales equal bitsandbytes; values are within half a step of the weight.
+
+    Those that bitsandbytes itself dequantizes there are not.
+    """
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     codes, state = stock(weight, scheme, False)
     packed = quantize_tensor(weight, spec(scheme))
@@ -141,7 +163,7 @@ def test_nested_scales_stay_close_to_the_scales():
 
 
 def test_offset_is_the_same_on_any_number_of_threads():
-    """bitsandbytes' own offset differs between 1 and 3 threads for these scales."""
+    """The offset of bitsandbytes itself differs between 1 and 3 threads for these scales."""
     scales = torch.rand(1048576, generator=torch.Generator().manual_seed(1)) * 0.1 + 0.05
     before = torch.get_num_threads()
     try:
@@ -163,7 +185,7 @@ def test_packing_codes_is_reversible_and_high_half_first():
 
 
 def test_dequantize_to_float32_does_not_pass_through_the_base_dtype():
-    weight = trained_like((32, 128), 9).bfloat16()
+    weight = uneven((32, 128), 9).bfloat16()
     packed = quantize_tensor(weight, spec())
     exact = dequantize_tensor(packed, torch.float32)
     assert torch.equal(exact, dequantize_tensor(quantize_tensor(weight.float(), spec())))
