@@ -23,9 +23,14 @@ from qlx.cli.session import Session
     help="Recipe whose data section to use (default: the data that CHECKPOINT was trained on).",
 )
 def command(session: Session, checkpoint: Path, base: str | None, data: Path | None) -> None:
-    """Score CHECKPOINT on held-out data: accuracy, or loss, perplexity and token accuracy."""
+    """Score a checkpoint on held-out data.
+
+    Accuracy for images; loss, perplexity and token accuracy for text. Every kind of checkpoint.
+    """
     from qlx.cli import render
+    from qlx.recipe import load_recipe
     from qlx.verification import evaluate
 
-    result = evaluate(checkpoint, base=base, data=data)
+    section = load_recipe(data).data if data else None
+    result = evaluate(checkpoint, base=base, data=section)
     session.emit(render.score_data(checkpoint, result), render.print_scores)

@@ -20,7 +20,7 @@ from qlx.cli.session import Session
 @options.base()
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "nf4"]),
+    type=click.Choice(["fp32", "fp16", "nf4", "fp4"]),
     help="Precision of the linear weights (default: as the checkpoint has them).",
 )
 def command(
@@ -31,9 +31,15 @@ def command(
     base: str | None,
     precision: str | None,
 ) -> None:
-    """Export CHECKPOINT to ONNX and replay its probe under onnxruntime before it appears."""
+    """Export a checkpoint to ONNX.
+
+    The probe is replayed under onnxruntime before the result appears. An adapter stays apart from
+    its base in the graph.
+    """
     from qlx.cli import render
     from qlx.exporting import export_onnx
 
-    exported = export_onnx(checkpoint, output, base=base, precision=precision, force=force)
+    exported = export_onnx(
+        checkpoint, output, base=base, precision=precision, force=force, report=session.report
+    )
     session.emit(render.checkpoint_data(exported), render.print_made)

@@ -11,9 +11,10 @@ from qlx.cli.session import Session
 @options.command("inspect", examples=("qlx inspect adapters/digits",))
 @click.argument("checkpoint", type=options.DIRECTORY)
 def command(session: Session, checkpoint: Path) -> None:
-    """Say what CHECKPOINT is, where it came from, and whether its bytes are those recorded.
+    """Say what a directory is.
 
-    Plain PEFT, transformers and ONNX directories are recognized too.
+    Where a checkpoint came from, what it holds, and whether its bytes are those recorded. Plain
+    PEFT, transformers and ONNX directories are recognized too.
     """
     from qlx.checkpoint import is_checkpoint, open_checkpoint
     from qlx.cli import plain, render

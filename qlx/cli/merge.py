@@ -1,6 +1,7 @@
 """`qlx merge`: fold an adapter into its base."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -31,10 +32,13 @@ def command(
     adapters: tuple[Path, ...],
     output: Path,
     force: bool,
-    onto: str | None,
+    onto: Literal["as-trained", "original"] | None,
     dtype: str | None,
 ) -> None:
-    """Merge an adapter into its base and replay the probe on the result."""
+    """Merge an adapter into its base.
+
+    The probe is replayed on the result before it appears. The base defaults to the recorded one.
+    """
     from qlx.cli import render
     from qlx.merging import merge
 

@@ -11,9 +11,10 @@ from qlx.cli.session import Session
 @options.command("migrate", examples=("qlx migrate adapters/old",))
 @click.argument("checkpoint", type=options.DIRECTORY)
 def command(session: Session, checkpoint: Path) -> None:
-    """Bring CHECKPOINT to the current format version; version 1 is the first, and current.
+    """Bring a checkpoint to the current format.
 
-    For a directory that is no checkpoint, the message names the command that imports it.
+    Version 1 is the first, and current. For a directory that is no checkpoint, the message names
+    the command that imports it.
     """
     from qlx.checkpoint import FORMAT_VERSION, is_checkpoint, open_checkpoint
     from qlx.cli import plain, render

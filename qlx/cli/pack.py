@@ -1,6 +1,7 @@
 """`qlx pack`: quantize a merged model into the layout of the library that owns the scheme."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -26,9 +27,8 @@ from qlx.cli.session import Session
 )
 @click.option(
     "--double-quant/--no-double-quant",
-    default=True,
-    show_default=True,
-    help="Quantize the scales as well.",
+    default=None,
+    help="Quantize the scales as well (default: as in training).",
 )
 @click.option(
     "--min-retention",
@@ -41,14 +41,19 @@ def command(
     output: Path,
     force: bool,
     base: str | None,
-    to: str,
+    to: Literal["nf4", "fp4"],
     group_size: int,
-    double_quant: bool,
+    double_quant: bool | None,
     min_retention: float | None,
 ) -> None:
-    """Quantize CHECKPOINT, measure what of the adapter survives, and refuse too large a loss."""
+    """Quantize a merged model.
+
+    Measures what of the adapter's effect survives, and refuses too large a loss. An adapter is
+    merged on the way.
+    """
     from qlx.cli import render
     from qlx.packing import pack
+    from qlx.verification import DEFAULT_MIN_RETENTION
 
     packed = pack(
         checkpoint,
@@ -57,7 +62,8 @@ def command(
         base=base,
         group_size=group_size,
         double_quant=double_quant,
-        min_retention=min_retention,
+        min_retention=DEFAULT_MIN_RETENTION if min_retention is None else min_retention,
         force=force,
+        report=session.report,
     )
     session.emit(render.checkpoint_data(packed), render.print_made)

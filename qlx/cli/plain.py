@@ -82,10 +82,8 @@ def _transformers(directory: Path) -> dict[str, Any]:
 
 def print_description(console: "Console", data: Mapping[str, Any]) -> None:
     """The description as lines."""
-    from rich.markup import escape
-
-    console.print(escape(f"{data['path']}: {data['what']}"))
+    console.print(f"{data['path']}: {data['what']}")
     for name, value in data.items():
         if name not in ("path", "kind", "what", "advice"):
-            console.print(escape(f"  {name.replace('_', ' ')}: {value}"))
-    console.print(escape(data["advice"]))
+            console.print(f"  {name.replace('_', ' ')}: {value}")
+    console.print(data["advice"])

@@ -46,10 +46,11 @@ def command(
     ranks: tuple[int, ...],
     **changes: Any,
 ) -> int:
-    """Estimate the peak memory of training RECIPE, or a model of --params parameters, by part.
+    """Estimate the memory of a training.
 
-    Several --params, or neither --params nor RECIPE, give a table over sizes and ranks. Options
-    change what the recipe says. With --vram, exit code 1 says that a single plan does not fit.
+    By part, for RECIPE or for a model of --params parameters. Several --params, or neither
+    --params nor RECIPE, give a table over sizes and ranks. Options change what the recipe says.
+    With --vram, exit code 1 says that a single plan does not fit.
     """
     from qlx import planning
     from qlx.cli import render_plan

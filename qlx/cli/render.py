@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from qlx.cli.trial import Trial
     from qlx.verification import EvalResult, Report
 
     Rows = Sequence[Sequence[str]]
@@ -55,9 +57,7 @@ def manifest_data(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def print_made(console: "Console", data: Mapping[str, Any]) -> None:
     """One line for the checkpoint, and a table of its replays."""
-    console.print(
-        f"{data['kind']} {data['path']}  {format_bytes(data['size'])}  {data['tag']}", markup=False
-    )
+    console.print(f"{data['kind']} {data['path']}  {format_bytes(data['size'])}  {data['tag']}")
     _print_results(console, data["results"])
 
 
@@ -82,12 +82,11 @@ def _number(value: float | None) -> str:
 
 
 def _table(header: Sequence[str], rows: "Rows") -> "Table":
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*header, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(cell for cell in row))
     return table
 
 
@@ -95,14 +94,14 @@ def print_manifest(console: "Console", data: Mapping[str, Any]) -> None:
     """The manifest by sections: what it is, base, quantization, adapter, lineage, files, replays."""
     manifest = data["manifest"]
     version = f"format version {manifest['format_version']}"
-    console.print(f"{data['path']}: {data['kind']} of {data['task']}, {version}", markup=False)
+    console.print(f"{data['path']}: {data['kind']} of {data['task']}, {version}")
     facts = [("tag", data["tag"]), ("digest", data["digest"])]
     facts += [("base", _base(manifest["base"]))] if manifest["base"] else []
     facts += [("quantization", _quantization(manifest["quantization"]))]
     facts += [("adapter", _adapter(manifest["adapter"]))] if manifest["adapter"] else []
     facts += [("lineage", " → ".join(step["command"] for step in manifest["lineage"]))]
     for name, value in facts:
-        console.print(f"  {name:<13} {value}", markup=False, soft_wrap=True)
+        console.print(f"  {name:<13} {value}")
     files = [(n, format_bytes(f["size"]), f["sha256"][:12]) for n, f in manifest["files"].items()]
     console.print(_table(("file", "size", "sha256"), files))
     console.print(f"{len(files)} files match their digests, {format_bytes(data['size'])} in all")
@@ -149,31 +148,52 @@ def report_data(report: "Report") -> dict[str, Any]:
 
 def print_report(console: "Console", data: Mapping[str, Any]) -> None:
     """Every check with its limit, the notes, and the verdict."""
-    console.print(
-        f"{data['subject']} ({data['kind']}, {data['task']}) against {data['against']}",
-        markup=False,
-    )
+    console.print(f"{data['subject']} ({data['kind']}, {data['task']}) against {data['against']}")
     console.print(_table(("check", "measured", "limit", "result"), data["rows"]))
     for note in data["notes"]:
-        console.print(note, markup=False)
+        console.print(note)
     console.print("verified" if data["passed"] else "NOT verified", style="bold")
 
 
+def trial_data(trial: "Trial") -> dict[str, Any]:
+    """A loaded adapter: what it is, its distance from training's outputs, its answer."""
+    return {
+        **checkpoint_data(trial.adapter),
+        "passed": trial.passed,
+        "replay": {name: found.metrics() for name, found in trial.comparisons.items()},
+        "failures": [check.name for check in trial.checks if not check.passed],
+        "answer": trial.answer,
+    }
+
+
+def print_trial(console: "Console", data: Mapping[str, Any]) -> None:
+    """One line for the adapter, one for each replay, and the answer."""
+    verdict = "computes what training saw" if data["passed"] else "does NOT compute what it should"
+    console.print(f"{data['path']}: {data['tag']}: {verdict}")
+    for name, metrics in data["replay"].items():
+        shown = ", ".join(f"{n} {_number(metrics[n])}" for n in _SHOWN if n in metrics)
+        console.print(f"  against {name}: {shown}")
+    for name in data["failures"]:
+        console.print(f"  failed: {name}")
+    if data["answer"] is not None:
+        console.print(data["answer"])
+
+
 def score_data(path: Path, result: "EvalResult") -> dict[str, Any]:
-    """An evaluation: metrics by name and how many examples or tokens they count."""
-    return {"path": str(path), "metrics": dict(result.metrics), "count": result.count}
+    """An evaluation: what was scored on what, metrics by name, how many images or tokens."""
+    return {"path": str(path), **asdict(result)}
 
 
 def print_scores(console: "Console", data: Mapping[str, Any]) -> None:
     """One line per metric."""
+    unit = "images" if data["task"] == "image-classification" else "tokens"
+    console.print(f"{data['path']} on {data['source']}, {data['count']} {unit}")
     for name, value in data["metrics"].items():
-        console.print(f"{name:<16} {value:.4f}")
-    console.print(f"{'count':<16} {data['count']}")
+        console.print(f"  {name:<16} {value:.4f}")
 
 
 def print_migration(console: "Console", data: Mapping[str, Any]) -> None:
     """What was done, which for the first format version is nothing."""
     console.print(
-        f"{data['path']}: format version {data['format_version']} is current, nothing to do",
-        markup=False,
+        f"{data['path']}: format version {data['format_version']} is current, nothing to do"
     )

@@ -36,8 +36,7 @@ def print_plan(console: "Console", data: Mapping[str, Any]) -> None:
     shape, setup = data["shape"], data["setup"]
     console.print(
         f"{shape['name']}: {format_count(shape['parameters'])} parameters, {shape['layers']} layers "
-        f"of width {shape['hidden']}; {format_count(data['trained_parameters'])} trained",
-        markup=False,
+        f"of width {shape['hidden']}; {format_count(data['trained_parameters'])} trained"
     )
     length = shape["tokens"] or setup["tokens"]
     console.print(

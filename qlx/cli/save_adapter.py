@@ -19,9 +19,10 @@ from qlx.cli.session import Session
 @options.output()
 @options.base()
 def command(session: Session, source: Path, output: Path, force: bool, base: str | None) -> None:
-    """Write the adapter of a run, or import a plain PEFT directory, as an adapter checkpoint.
+    """Make an adapter checkpoint.
 
-    A plain directory names no base by content, so --base is needed for it.
+    From the adapter of a run, or from a plain PEFT directory. A plain directory names no base by
+    content, so --base is needed for it.
     """
     from qlx.cli import render
     from qlx.training import save_adapter

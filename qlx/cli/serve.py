@@ -20,7 +20,10 @@ from qlx.cli.session import Session
     help="Port to listen on; 0 takes a free one.",
 )
 def command(session: Session, checkpoint: Path, base: str | None, host: str, port: int) -> None:
-    """Serve CHECKPOINT over HTTP until interrupted; the address is printed once it listens."""
+    """Serve a checkpoint over HTTP.
+
+    Runs until interrupted; the address is printed once it listens.
+    """
     from qlx.serving import serve
 
     serve(checkpoint, base=base, host=host, port=port)

@@ -49,7 +49,8 @@ class Session:
         from rich.console import Console
 
         width = None if self.out.isatty() else PIPE_WIDTH
-        render(Console(file=self.out, width=width, highlight=False), data)
+        console = Console(file=self.out, width=width, markup=False, highlight=False, soft_wrap=True)
+        render(console, data)
 
     def emit_error(self, kind: str, message: str, code: int) -> None:
         """With `--json`, the error as the one object, unless a result was written already."""

@@ -35,9 +35,10 @@ def command(
     output: Path | None,
     force: bool,
 ) -> None:
-    """Train what RECIPE describes and write a run with its probe, metrics and report.
+    """Train what a recipe describes.
 
-    The output defaults to runs/NAME, with the recipe's name.
+    Writes a run with its probe, metrics and report; the output defaults to runs/NAME, with the
+    name that RECIPE gives.
     """
     from qlx.cli import render
     from qlx.recipe import load_recipe

@@ -32,9 +32,10 @@ def command(
     junit: Path | None,
     markdown: Path | None,
 ) -> int:
-    """Check every byte of CHECKPOINT and that it still computes what training saw.
+    """Check that a checkpoint is still the model.
 
-    Ends with exit code 1 when a check fails.
+    Every byte, where it belongs, and that it computes what training saw. Ends with exit code 1
+    when a check fails.
     """
     from qlx.cli import render
     from qlx.verification import to_junit, to_markdown, verify

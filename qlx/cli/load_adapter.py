@@ -1,0 +1,44 @@
+"""`qlx load-adapter`: attach an adapter to its base, replay its probe, and ask it something."""
+
+from pathlib import Path
+
+import click
+
+from qlx.cli import options
+from qlx.cli.session import Session
+
+
+@options.command(
+    "load-adapter",
+    examples=(
+        "qlx load-adapter --base runs/digits-base --adapter adapters/digits --input seven.png",
+        "qlx load-adapter --base runs/python-base --adapter adapters/python --prompt 'def main'",
+    ),
+)
+@options.base(required=True)
+@click.option(
+    "--adapter",
+    type=options.DIRECTORY,
+    required=True,
+    help="Adapter directory (qlx or plain PEFT).",
+)
+@click.option("--prompt", metavar="TEXT", help="Text for a language model to continue.")
+@click.option(
+    "--input",
+    "image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Image file for a classifier.",
+)
+def command(
+    session: Session, base: str, adapter: Path, prompt: str | None, image: Path | None
+) -> int:
+    """Try an adapter on its base.
+
+    Replays its probe, to see that the two still compute what training saw, and answers a prompt or
+    an image. Ends with exit code 1 when they do not.
+    """
+    from qlx.cli import render, trial
+
+    result = trial.try_adapter(adapter, base, prompt=prompt, image=image)
+    session.emit(render.trial_data(result), render.print_trial)
+    return 0 if result.passed else 1

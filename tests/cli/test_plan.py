@@ -1,0 +1,76 @@
+"""`qlx plan`: sizes, recipes, tables, and an exit code that says whether it fits."""
+
+import json
+
+import pytest
+
+from qlx.cli import main
+from qlx.planning import Setup, plan_size
+
+
+def planned(capsys, *arguments):
+    code = main(["plan", *arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_size_gives_the_plan_of_the_planning_package(capsys):
+    code, data = planned(capsys, "--params", "7B", "--rank", "64", "--tokens", "4096")
+    assert code == 0
+    assert data == plan_size(7 * 10**9, Setup(rank=64, tokens=4096)).to_json()
+
+
+@pytest.mark.parametrize(("vram", "code"), [("16GB", 0), ("6GB", 1)])
+def test_the_exit_code_says_whether_it_fits(capsys, vram, code):
+    got, data = planned(capsys, "--params", "7B", "--vram", vram)
+    assert got == code
+    assert data["fits"] is (code == 0)
+
+
+def test_a_suggestion_that_fits_ends_well(capsys):
+    wish = ("--params", "8B", "--format", "bfloat16", "--batch", "4", "--vram", "16GB")
+    assert planned(capsys, *wish)[0] == 1
+    code, data = planned(capsys, *wish, "--suggest")
+    assert code == 0
+    assert data["suggestion"]["total"] <= 16e9 < data["total"]
+
+
+def test_no_suggestion_is_said(capsys):
+    assert main(["plan", "--params", "70B", "--vram", "16GB", "--suggest"]) == 1
+    assert "nothing fits" in capsys.readouterr().out
+
+
+def test_several_sizes_make_a_table(capsys):
+    code, data = planned(
+        capsys, "--params", "1B", "--params", "70B", "--rank", "8", "--vram", "16GB"
+    )
+    assert code == 0
+    assert data["ranks"] == [8]
+    assert [row["fits"] for row in data["rows"]] == [[True], [False]]
+    assert main(["plan", "--vram", "16GB"]) == 0
+    assert "✗ does not fit into 16.0 GB" in capsys.readouterr().out
+
+
+def test_a_recipe_is_planned_and_options_change_it(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: x\ntask: causal-lm\nbase: {path: Qwen/Qwen3-0.6B}\n"
+        "data: {source: python-docstrings, max_length: 256}\nadapter: {rank: 8}\n"
+    )
+    _, data = planned(capsys, str(recipe))
+    assert (data["setup"]["rank"], data["setup"]["tokens"]) == (8, 256)
+    _, changed = planned(capsys, str(recipe), "--set", "adapter.rank=4", "--tokens", "512")
+    assert (changed["setup"]["rank"], changed["setup"]["tokens"]) == (4, 512)
+    assert main(["plan", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "Qwen/Qwen3-0.6B: 596M parameters" in out
+    assert "total" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--params", "7B", "--suggest"], ["--params", "lots"], ["--params", "7B", "--vram", "16"],
+     ["--params", "7B", "--rank", "8", "--rank", "16"]],
+)  # fmt: skip
+def test_what_makes_no_sense_is_a_usage_error(arguments, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("qlx: ")
