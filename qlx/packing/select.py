@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from qlx.checkpoint import Manifest, Task
-from qlx.errors import Unsupported, require
-from qlx.models import auto_class, read_config, tensor_names
+from qlx.checkpoint import Manifest
+from qlx.errors import Unsupported
+from qlx.models import empty_model, tensor_names
 from qlx.packing.source import Weights
 from qlx.quant import eligible_modules
 
@@ -39,7 +38,7 @@ def select_modules(
     Raises:
         Unsupported: nothing can be packed.
     """
-    model = _empty_model(companions, manifest.task)
+    model = empty_model(companions, manifest.task)
     names = tensor_names(model, weights.directory)
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -55,12 +54,3 @@ def select_modules(
     if not chosen:
         raise Unsupported(f"{companions}: no linear layer can be packed in groups of {group_size}")
     return Selection(chosen, tuple(name for name in linears if name not in chosen))
-
-
-def _empty_model(directory: Path, task: Task) -> nn.Module:
-    fields = read_config(directory, task)
-    fields.pop("quantization_config", None)
-    config = require("transformers", "train").CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    with torch.device("meta"):
-        model: nn.Module = auto_class(task).from_config(config)
-    return model

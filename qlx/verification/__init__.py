@@ -4,6 +4,7 @@ Needs numpy; torch or onnxruntime only when a checkpoint is actually run.
 """
 
 from qlx.verification.base import base_of, needs_base
+from qlx.verification.evaluate import EvalResult, evaluate, recorded_data
 from qlx.verification.metrics import Comparison, compare
 from qlx.verification.prove import prove, sealed
 from qlx.verification.replay import Predictor, predictor_of, probe_of, replay
@@ -25,6 +26,7 @@ __all__ = [
     "DEFAULT_MIN_RETENTION",
     "Check",
     "Comparison",
+    "EvalResult",
     "Predictor",
     "Report",
     "Thresholds",
@@ -32,6 +34,7 @@ __all__ = [
     "base_of",
     "check_comparison",
     "compare",
+    "evaluate",
     "judge",
     "lossy_steps",
     "needs_base",
@@ -41,6 +44,7 @@ __all__ = [
     "probe_of",
     "probe_result",
     "prove",
+    "recorded_data",
     "reference_thresholds",
     "replay",
     "rows",

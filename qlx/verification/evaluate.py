@@ -1,0 +1,96 @@
+"""`eval`: the task's own score of a checkpoint of any kind, on the data that its recipe held out."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlx.checkpoint import Checkpoint, Manifest, Source, Step, open_checkpoint
+from qlx.errors import CheckFailed, InputRefused
+from qlx.inputs import Score, eval_batches
+from qlx.recipe import DataSection, load_recipe
+from qlx.verification.base import base_of
+from qlx.verification.replay import predictor_of
+
+__all__ = ["EvalResult", "evaluate", "recorded_data"]
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Metrics of one evaluation and what they were measured on.
+
+    `metrics` holds accuracy and loss of a classifier, or loss, perplexity and token_accuracy of a
+    language model (losses in nats); `count` is the number of scored images or tokens.
+    """
+
+    subject: str
+    kind: str
+    task: str
+    source: str
+    count: int
+    metrics: dict[str, float]
+
+
+def evaluate(
+    path: Path,
+    *,
+    base: Source | str | Path | None = None,
+    data: DataSection | Path | None = None,
+    batch_size: int = _BATCH,
+) -> EvalResult:
+    """Score a checkpoint on held-out examples of `data`, or of what its training step recorded.
+
+    `data` is a data section, or a recipe file whose data section is meant.
+
+    Raises:
+        CorruptCheckpoint: a byte of the checkpoint is not what its manifest recorded.
+        InputRefused: no data is recorded or found, or an adapter's base is not.
+        CheckFailed: the loss is not finite.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    source = base_of(checkpoint, base)
+    train = _training_step(checkpoint.manifest)
+    chosen = _chosen(data, checkpoint)
+    completion_only = train is None or train.options.get("completion_only") is not False
+    predictor = predictor_of(checkpoint, source)
+    score = Score(checkpoint.manifest.task)
+    for batch in eval_batches(
+        chosen, checkpoint.path, size=batch_size, completion_only=completion_only
+    ):
+        score.add(predictor.predict(batch.inputs), batch.labels)
+    return _result(checkpoint, chosen, score)
+
+
+def _chosen(data: DataSection | Path | None, checkpoint: Checkpoint) -> DataSection:
+    if isinstance(data, Path):
+        return load_recipe(data).data
+    return recorded_data(checkpoint) if data is None else data
+
+
+def _result(checkpoint: Checkpoint, data: DataSection, score: Score) -> EvalResult:
+    metrics = score.metrics()
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise CheckFailed(
+            f"{checkpoint.path}: the loss on {data.source} is not finite; the model is broken"
+        )
+    manifest = checkpoint.manifest
+    name = checkpoint.path.name or str(checkpoint.path)
+    return EvalResult(name, manifest.kind, manifest.task, data.source, score.count, metrics)
+
+
+def recorded_data(checkpoint: Checkpoint) -> DataSection:
+    """The data section of the recipe that the checkpoint was trained by, from its lineage.
+
+    Raises:
+        InputRefused: its lineage does not begin with a training step of qlx.
+    """
+    step = _training_step(checkpoint.manifest)
+    fields = None if step is None else step.options.get("data")
+    if not isinstance(fields, dict):
+        raise InputRefused(f"{checkpoint.path}: records no evaluation data; name some with --data")
+    return DataSection.model_validate(fields)
+
+
+def _training_step(manifest: Manifest) -> Step | None:
+    return next((step for step in reversed(manifest.lineage) if step.command == "train"), None)

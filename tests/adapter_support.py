@@ -1,0 +1,152 @@
+"""Tiny bases and adapters of every shape a merge must handle, made in a second and never trained.
+
+The values are drawn so that every mistake shows: weights far from their initial scale, adapters
+whose effect on the logits is large, scaling ≠ 1, and padding in the text inputs.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlx.adapters import adapter_spec, attach_adapter, save_adapter
+from qlx.checkpoint import (
+    Checkpoint,
+    Manifest,
+    ProbeRecord,
+    QuantSpec,
+    new_checkpoint,
+    next_step,
+    open_checkpoint,
+    resolve_source,
+    seal,
+    write_probe,
+)
+from qlx.models import load_base, make_probe, tensor_names, with_quantized_names
+from qlx.recipe import AdapterSection
+
+VOCABULARY = 96
+TASKS = {"vit": "image-classification", "llama": "causal-lm"}
+NF4 = QuantSpec(method="qlora", weight_bits=4, scheme="nf4", group_size=64, double_quant=True)
+FP4 = NF4.model_copy(update={"scheme": "fp4", "double_quant": False})
+NONE = QuantSpec()
+
+
+def make_base(
+    directory: Path, kind: str, dtype: torch.dtype = torch.float32, *, tied=False, seed=0
+) -> Path:
+    """A plain transformers directory: a ViT or a Llama of 2 layers, width 64."""
+    torch.manual_seed(seed)
+    model = _vit() if kind == "vit" else _llama(tied)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3.0)
+            elif "norm" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def _vit() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=128,
+            image_size=8,
+            patch_size=4,
+            num_labels=5,
+        )
+    )
+
+
+def _llama(tied: bool) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def inputs_for(kind: str, count: int = 12) -> dict[str, np.ndarray]:
+    """Model inputs; texts are padded on the right."""
+    random = np.random.default_rng(7)
+    if kind == "vit":
+        return {"pixel_values": random.standard_normal((count, 3, 8, 8)).astype(np.float32)}
+    ids = random.integers(1, VOCABULARY, (count, 10))
+    mask = np.ones_like(ids)
+    mask[::2, 7:] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@dataclass
+class Case:
+    """What kind of adapter to make; `size` scales its effect."""
+
+    kind: str = "llama"
+    quant: QuantSpec = NONE
+    dtype: torch.dtype = torch.float32
+    size: float = 1.0
+    seed: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
+    """An adapter checkpoint on `base` with a probe of the unmerged model, as training writes it."""
+    task = TASKS[case.kind]
+    quant = case.quant if case.quant.quantized else None
+    model = load_base(base, task, quant=quant)
+    spec = with_quantized_names(model, case.quant, base) if quant is not None else NONE
+    section = AdapterSection(**{"rank": 4, "alpha": 12.0, **case.options})
+    adapted = attach_adapter(model, section, task=task)
+    draw(adapted, case.size, case.seed)
+    record = adapter_spec(adapted, tensor_names(adapted, base))
+    source = resolve_source(str(base))
+    with new_checkpoint(target) as staging:
+        save_adapter(adapted, staging)
+        (staging / "config.json").write_bytes((base / "config.json").read_bytes())
+        probe = make_probe(adapted.eval(), task, inputs_for(case.kind), None, True)
+        write_probe(staging / "probe.safetensors", probe)
+        manifest = Manifest(
+            kind="adapter",
+            task=task,
+            tag="tiny",
+            base=source.reference(),
+            quantization=spec,
+            adapter=record,
+            lineage=(next_step("train", parents=(source.fingerprint,)),),
+            probe=ProbeRecord(reference="unmerged, fp32"),
+        )
+        seal(staging, manifest)
+    return open_checkpoint(target)
+
+
+def draw(adapted: Any, size: float, seed: int) -> None:
+    """Give a fresh adapter values as if trained: every part random, the magnitudes near their start."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_A" in name:
+                parameter.copy_(torch.randn_like(parameter) / 8)
+            elif "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * size / 20)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.2 * size * torch.rand_like(parameter))
+            elif parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size / 10)
