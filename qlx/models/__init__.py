@@ -4,6 +4,7 @@ from qlx.models.architectures import CONFIG_FILE, KNOWN, Labels, auto_class, bui
 from qlx.models.loading import (
     STORED_DTYPE,
     computing_in,
+    empty_model,
     load_base,
     load_model,
     quantized_fingerprint,
@@ -25,6 +26,7 @@ __all__ = [
     "build_config",
     "build_model",
     "computing_in",
+    "empty_model",
     "forward_logits",
     "load_base",
     "load_model",

@@ -13,7 +13,7 @@ from qlx.models.architectures import Labels, auto_class, read_config
 from qlx.models.names import tensor_names
 from qlx.weights import open_weights
 
-__all__ = ["STORED_DTYPE", "computing_in", "load_base", "load_model", "quantized_fingerprint", "torch_float", "with_quantized_names"]
+__all__ = ["STORED_DTYPE", "computing_in", "empty_model", "load_base", "load_model", "quantized_fingerprint", "torch_float", "with_quantized_names"]
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPE = "stored_dtype"
@@ -61,6 +61,16 @@ def load_base(
     model, info = _from_pretrained(source_path, task, config, dtype, options)
     _check_loaded(source_path, info, head_may_differ=new_head is not None or config_from is not None)
     _quantize(model, quant)
+    return model.eval()
+
+
+def empty_model(directory: Path, task: Task) -> nn.Module:
+    """The plain architecture of a directory, without weights (on torch's meta device)."""
+    config = _config(Path(directory), task, None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model: nn.Module = auto_class(task).from_config(config)
     return model.eval()
 
 

@@ -1,0 +1,150 @@
+"""A training made ready: base resolved, data prepared, model loaded, quantized and adapted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qlx.adapters import attach_adapter
+from qlx.checkpoint import QuantSpec, Source, canonical_json, resolve_source
+from qlx.errors import Unsupported
+from qlx.models import (
+    CONFIG_FILE,
+    STORED_DTYPE,
+    Labels,
+    build_config,
+    build_model,
+    load_base,
+    read_config,
+    tensor_names,
+    torch_float,
+    with_quantized_names,
+)
+from qlx.recipe import QuantizationSection, Recipe
+from qlx.training.material import ImageMaterial, Material, TextMaterial, load_material
+from qlx.training.progress import Reporter
+from qlx.training.trainable import require_only_adapter
+
+__all__ = ["Job", "prepare", "quant_spec"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a training needs and what its manifest will say.
+
+    `names` maps in-memory parameter names of the base to tensors in its files; `config` are the
+    bytes of the result's `config.json`.
+    """
+
+    recipe: Recipe
+    model: nn.Module
+    material: Material
+    source: Source | None
+    quantization: QuantSpec
+    names: dict[str, str]
+    config: bytes
+
+    @property
+    def belongs_to(self) -> str:
+        """Identity of the training: the recipe and the weights it starts from."""
+        return f"{self.recipe.digest} {'' if self.source is None else self.source.fingerprint}"
+
+
+def quant_spec(section: QuantizationSection | None, stored_dtype: str) -> QuantSpec:
+    """The QuantSpec of a recipe's quantization section; `stored_dtype` is the base's on loading."""
+    if section is None:
+        return QuantSpec(extras={STORED_DTYPE: stored_dtype})
+    return QuantSpec(
+        method="qlora",
+        weight_bits=4,
+        scheme=section.quant_type,
+        group_size=section.block_size,
+        symmetric=True,
+        double_quant=section.double_quant,
+        compute_dtype=section.compute_dtype,
+        skip_modules=section.skip_modules,
+        mode=section.mode,
+        backend="bitsandbytes",
+        extras={STORED_DTYPE: stored_dtype},
+    )
+
+
+def prepare(recipe: Recipe, work: Path, report: Reporter) -> Job:
+    """Read the data, load the base (or build one) and put the adapter in.
+
+    Raises:
+        InputRefused: the base or the data cannot be used; the message says which and why.
+        CheckFailed: something other than the adapter would be trained.
+    """
+    source = None if recipe.base.path is None else resolve_source(recipe.base.path, recipe.base.revision)
+    material = load_material(recipe, None if source is None else source.path, work)
+    report(f"data: {material.counts[0]:,} examples to train on, {material.counts[1]:,} held out")
+    if source is None:
+        return _from_scratch(recipe, material)
+    return _from_base(recipe, material, source)
+
+
+def _from_scratch(recipe: Recipe, material: Material) -> Job:
+    section = recipe.base.from_scratch
+    assert section is not None
+    if isinstance(material, ImageMaterial):
+        config = build_config(section, labels=material.labels)
+    else:
+        codec = material.codec
+        special = {"pad_token_id": codec.pad_id, "eos_token_id": codec.end_id, "vocab_size": codec.tokenizer.get_vocab_size()}
+        config = build_config(section, special=special)
+    model = build_model(recipe.task, config, seed=recipe.training.seed)
+    return Job(recipe, model, material, None, quant_spec(None, "float32"), tensor_names(model), _config_bytes(model))
+
+
+def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
+    new_head = _new_head(recipe, material, source.path)
+    quantization = quant_spec(recipe.quantization, recipe.base.dtype)
+    model = load_base(
+        source.path, recipe.task, dtype=torch_float(recipe.base.dtype), quant=quantization, new_head=new_head
+    )
+    if quantization.quantized:
+        quantization = with_quantized_names(model, quantization, source.path)
+    names = tensor_names(model, source.path)
+    config = (source.path / CONFIG_FILE).read_bytes() if new_head is None and recipe.adapter else _config_bytes(model)
+    if recipe.adapter is not None:
+        model = _adapted(model, recipe)
+        require_only_adapter(model, recipe.adapter)
+    return Job(recipe, model, material, source, quantization, names, config)
+
+
+def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
+    import torch
+
+    assert recipe.adapter is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.training.seed)
+        adapted: nn.Module = attach_adapter(model, recipe.adapter, task=recipe.task)
+    return adapted
+
+
+def _new_head(recipe: Recipe, material: Material, base: Path) -> Labels | None:
+    """The data's classes where they are not the base's; then the head is trained, too, or it is refused."""
+    if isinstance(material, TextMaterial):
+        return None
+    config = read_config(base, recipe.task)
+    known = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    names = tuple(str(known[key]) for key in sorted(known, key=int))
+    if names == material.labels.names:
+        return None
+    if recipe.adapter is not None and "classifier" not in recipe.adapter.modules_to_save:
+        raise Unsupported(
+            f"the base tells {len(names)} other classes apart than the data's {len(material.labels.names)}; "
+            "add adapter.modules_to_save: [classifier], so that a new head is trained"
+        )
+    return material.labels
+
+
+def _config_bytes(model: Any) -> bytes:
+    """`config.json` of a model, without what depends on where it was loaded from."""
+    fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    fields["architectures"] = [type(model).__name__]
+    fields["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    fields.pop("quantization_config", None)
+    return canonical_json(fields)

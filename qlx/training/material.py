@@ -1,0 +1,160 @@
+"""What a training reads: examples prepared for the model, and the files that go with the result."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlx.errors import require
+from qlx.inputs import (
+    PREPROCESSOR_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILES,
+    Batch,
+    Encoded,
+    ImagePreprocessor,
+    ImageSplit,
+    TextCodec,
+    TextSplit,
+    encode_split,
+    image_batches,
+    load_split,
+    split_digest,
+    text_batches,
+    train_tokenizer,
+)
+from qlx.models import Labels, probe_texts
+from qlx.recipe import Recipe
+
+__all__ = ["ImageMaterial", "Material", "TextMaterial", "load_material"]
+
+_EVAL_ROWS = 32
+
+
+@dataclass(frozen=True)
+class ImageMaterial:
+    """Images for a classifier. `files` are the preprocessing files of the result, by name."""
+
+    train: ImageSplit
+    evaluation: ImageSplit
+    preprocessor: ImagePreprocessor
+    files: dict[str, bytes]
+    digest: str
+
+    @property
+    def labels(self) -> Labels:
+        """The classes of the data."""
+        return Labels(self.train.classes)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Number of examples to train on and held out."""
+        return len(self.train), len(self.evaluation)
+
+    def batches(self) -> Iterator[Batch]:
+        """The held-out examples."""
+        return image_batches(self.evaluation, self.preprocessor, _EVAL_ROWS)
+
+    def probe(self, recipe: Recipe) -> Batch:
+        """The first held-out images."""
+        return next(image_batches(self.evaluation, self.preprocessor, recipe.probe.count))
+
+
+@dataclass(frozen=True)
+class TextMaterial:
+    """Token ids for a causal language model. `files` are the tokenizer's files, by name."""
+
+    train: list[Encoded]
+    evaluation: list[Encoded]
+    codec: TextCodec
+    files: dict[str, bytes]
+    digest: str
+    examples: TextSplit
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Number of examples to train on and held out."""
+        return len(self.train), len(self.evaluation)
+
+    def batches(self) -> Iterator[Batch]:
+        """The held-out examples."""
+        return text_batches(self.evaluation, self.codec.pad_id, _EVAL_ROWS)
+
+    def probe(self, recipe: Recipe) -> Batch:
+        """The ends of the first held-out texts."""
+        return probe_texts(
+            self.evaluation,
+            self.codec.pad_id,
+            count=recipe.probe.count,
+            max_length=recipe.probe.max_length,
+            vocabulary=self.codec.tokenizer.get_vocab_size(),
+        )
+
+    def fast_tokenizer(self, work: Path) -> Any:
+        """The tokenizer as transformers' class, for the trainer; `work` is where its files may lie."""
+        transformers = require("transformers", "train")
+        path = work / "tokenizer.json"
+        path.write_bytes(self.files["tokenizer.json"])
+        pad = self.codec.tokenizer.id_to_token(self.codec.pad_id)
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token=pad, eos_token=self.codec.end)
+
+
+Material = ImageMaterial | TextMaterial
+
+
+def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
+    """Read a recipe's data and prepare it with the base's files, or with new ones where there is no base.
+
+    Raises:
+        InputRefused: the data, or the base's preprocessing files, are missing or unusable.
+    """
+    train, evaluation = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
+    digest = split_digest(train)
+    if isinstance(train, ImageSplit) and isinstance(evaluation, ImageSplit):
+        preprocessor = _preprocessor(recipe, base)
+        files = {PREPROCESSOR_FILE: preprocessor.to_bytes() if base is None else (base / PREPROCESSOR_FILE).read_bytes()}
+        return ImageMaterial(train, evaluation, preprocessor, files, digest)
+    assert isinstance(train, TextSplit)
+    assert isinstance(evaluation, TextSplit)
+    files = _tokenizer_files(recipe, base, train)
+    codec = _codec(files, work)
+    data, only = recipe.data, recipe.training.completion_only
+    return TextMaterial(
+        train=encode_split(train, codec, data.max_length, completion_only=only, limit=data.train_limit),
+        evaluation=encode_split(evaluation, codec, data.max_length, completion_only=only, limit=data.eval_limit),
+        codec=codec,
+        files=files,
+        digest=digest,
+        examples=evaluation,
+    )
+
+
+def _preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
+    if base is not None:
+        return ImagePreprocessor.from_directory(base)
+    section = recipe.base.from_scratch
+    assert section is not None
+    return ImagePreprocessor(size=(section.image_size, section.image_size))
+
+
+def _tokenizer_files(recipe: Recipe, base: Path | None, train: TextSplit) -> dict[str, bytes]:
+    if base is not None:
+        files = {name: (base / name).read_bytes() for name in TOKENIZER_FILES if (base / name).is_file()}
+        if any(example.messages for example in train.examples[:1]):
+            files.setdefault(TEMPLATE_FILE, TextCodec.from_directory(base).template.encode())
+        return files
+    section = recipe.base.from_scratch
+    assert section is not None
+    return train_tokenizer((_all_text(example) for example in train.examples), section.vocab_size)
+
+
+def _all_text(example: Any) -> str:
+    return "\n".join([example.prompt, example.completion, *(message["content"] for message in example.messages)])
+
+
+def _codec(files: dict[str, bytes], work: Path) -> TextCodec:
+    directory = work / "tokenizer"
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return TextCodec.from_directory(directory)

@@ -1,0 +1,32 @@
+"""A readable name for what a training made, such as `Qwen3-0.6B-openmath_SFT_LoRa64_QLORA_w4_headbf16`."""
+
+import re
+
+from qlx.recipe import Recipe
+
+__all__ = ["tag_of"]
+
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_LONGEST = 200
+
+
+def tag_of(recipe: Recipe, base_name: str | None) -> str:
+    """Base, data, kind of training, adapter, quantization and the dtype of the head."""
+    base = _word((base_name or "").rstrip("/").rpartition("/")[2])
+    data = _word(recipe.data.variant if recipe.data.source == "digits" else (recipe.data.path or recipe.data.source))
+    subject = f"{base}-{data}" if base else recipe.name
+    parts = [subject, "SFT" if base else "PT"]
+    if recipe.adapter is not None:
+        kind = "DoRa" if recipe.adapter.use_dora else "rsLoRa" if recipe.adapter.use_rslora else "LoRa"
+        parts.append(f"{kind}{recipe.adapter.rank}")
+    if recipe.quantization is not None:
+        double = "-dq" if recipe.quantization.double_quant else ""
+        parts += ["QLORA", f"w4-{recipe.quantization.quant_type}{double}"]
+    parts.append(f"head{_SHORT[recipe.base.dtype]}")
+    return "_".join(parts)[:_LONGEST]
+
+
+def _word(text: str) -> str:
+    """The last path component with everything but letters, digits, dots and dashes made a dash."""
+    last = text.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^A-Za-z0-9.]+", "-", last.rpartition(".")[0] if "." in last[1:] and "/" in text else last).strip("-")

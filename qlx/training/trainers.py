@@ -1,0 +1,202 @@
+"""The training loop: transformers' Trainer for images, TRL's SFTTrainer for text, made resumable and strict.
+
+Both keep their own arithmetic. What is replaced: the order of the data (a function of seed and
+epoch), what is saved (no pickle), and what happens on a loss that is no number (it stops).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from qlx.checkpoint import Task
+from qlx.errors import CheckFailed, require
+from qlx.inputs import Encoded, ImagePreprocessor, ImageSplit
+from qlx.recipe import TrainingSection
+from qlx.training.state import load_optimizer, load_random, load_trained, save_state
+from qlx.training.trainable import require_in_optimizer
+
+__all__ = ["EpochSampler", "ImageDataset", "StrictTrainer", "image_trainer", "text_trainer"]
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of the examples in each epoch, from the seed and the epoch's number alone."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist())
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images prepared when they are asked for."""
+
+    def __init__(self, split: ImageSplit, preprocessor: ImagePreprocessor) -> None:
+        self.split = split
+        self.preprocessor = preprocessor
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = self.preprocessor([self.split.images[index]])[0]
+        return {"pixel_values": torch.from_numpy(pixels), "labels": int(self.split.labels[index])}
+
+
+class StrictTrainer:
+    """Mixed into a transformers `Trainer` before the class itself.
+
+    `state_directory` receives the state; `belongs_to` identifies the training; `task` is the
+    recipe's. They are set after construction.
+    """
+
+    state_directory: Path
+    belongs_to: str
+    task: Task
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        trainer: Any = self
+        dataset = trainer.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(len(dataset), trainer.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As the trainer does, then check that it holds the trainable parameters and no others."""
+        trainer: Any = super()
+        optimizer = trainer.create_optimizer(model)
+        require_in_optimizer(getattr(self, "model"), optimizer)  # noqa: B009 - the mixin's other half has it
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            CheckFailed: the loss is not finite.
+        """
+        trainer: Any = super()
+        loss: torch.Tensor = trainer.training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            step = getattr(self, "state").global_step + 1  # noqa: B009
+            raise CheckFailed(
+                f"the loss is {loss.item()} at step {step}; lower training.learning_rate, or use float32 "
+                "for quantization.compute_dtype and base.dtype"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        save_state(
+            self.state_directory,
+            model=trainer.model,
+            optimizer=trainer.optimizer,
+            scheduler=trainer.lr_scheduler,
+            trainer_state=trainer.state,
+            task=self.task,
+            belongs_to=self.belongs_to,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(Path(resume_from_checkpoint), getattr(self, "model"))  # noqa: B009
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = self
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), trainer.optimizer, trainer.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """No gradient scaler is used."""
+
+
+def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
+    """The recipe's training section as keyword arguments of transformers' `TrainingArguments`."""
+    return {
+        "output_dir": str(work),
+        "per_device_train_batch_size": section.batch_size,
+        "gradient_accumulation_steps": section.gradient_accumulation,
+        "num_train_epochs": section.epochs,
+        "max_steps": section.max_steps or -1,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if section.schedule == "constant" else section.schedule,
+        "warmup_steps": section.warmup_ratio,
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "gradient_checkpointing": section.gradient_checkpointing,
+        "logging_strategy": "steps",
+        "logging_steps": section.log_every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": section.save_every,
+        "seed": section.seed,
+        "optim": "adamw_torch",
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "report_to": [],
+        "remove_unused_columns": False,
+    }
+
+
+def image_trainer(model: Any, dataset: ImageDataset, section: TrainingSection, work: Path) -> Any:
+    """A transformers Trainer for a classifier."""
+    transformers = require("transformers", "train")
+
+    class ImageTrainer(StrictTrainer, transformers.Trainer):  # type: ignore[misc,name-defined]
+        pass
+
+    arguments = transformers.TrainingArguments(**_arguments(section, work))
+    return _quiet(ImageTrainer(model=model, args=arguments, train_dataset=dataset))
+
+
+def text_trainer(
+    model: Any, items: Sequence[Encoded], tokenizer: Any, section: TrainingSection, work: Path, max_length: int
+) -> Any:
+    """TRL's SFTTrainer on texts that are tokenized already; `tokenizer` is transformers' fast one.
+
+    TRL rounds the adapter of a quantized model to bfloat16; here it keeps the dtype and the values
+    it was attached with.
+    """
+    datasets, trl = require("datasets", "train"), require("trl", "train")
+
+    class TextTrainer(StrictTrainer, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+        pass
+
+    dataset = datasets.Dataset.from_dict(
+        {"input_ids": [item.ids for item in items], "labels": [item.labels for item in items]}
+    )
+    arguments = trl.SFTConfig(
+        **_arguments(section, work),
+        max_length=max_length,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    kept = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    trainer = TextTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    for name, value in trainer.model.named_parameters():
+        if name in kept:
+            value.data = kept[name]
+    return _quiet(trainer)
+
+
+def _quiet(trainer: Any) -> Any:
+    """Remove the callback that prints to standard output."""
+    callback = require("transformers.trainer_callback", "train").PrinterCallback
+    trainer.remove_callback(callback)
+    return trainer
