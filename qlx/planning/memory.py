@@ -15,7 +15,7 @@ from qlx.planning.shapes import ATTENTION, Shape, shape_from_count
 LOGIT_BYTES = 8  # c_V: bytes per logit at the peak of the loss
 RUNTIME_BYTES = {  # context, kernels, allocator slack (cuda: fitted; cpu: resident libraries)
     "cuda": 2.5e9,
-    "cpu": 0.8e9,
+    "cpu": 0.6e9,
 }
 OPTIMIZER_BYTES = {"adamw": 8, "adamw-8bit": 2, "sgd": 0}
 

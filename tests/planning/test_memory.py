@@ -194,6 +194,18 @@ def test_the_published_estimate_is_reproduced_to_its_last_digit():
     assert fits == {n: ESTIMATE_FITS.get(n, (8, 16, 32, 64)) for n in qlora}
 
 
+def test_the_document_shows_these_measurements_beside_the_model():
+    text = DOCUMENT.read_text()
+    for name, row in QWEN_MEASURED.items():
+        shape = PUBLIC_SHAPES[name]
+        ours = [plan_shape(shape, replace(QWEN_SETUP, tokens=t)).total / 1e9 for t in TOKENS]
+        cells = (f"{m} / {o:.1f}" for m, o in zip(row, ours, strict=True))
+        assert f"| {name.removeprefix('Qwen/')} | {' | '.join(cells)} |" in text
+    errors = [abs(error) for error in _qwen_errors()]
+    stated = f"Mean error {sum(errors) / 24:.1%}, worst {max(errors):.1%}"
+    assert stated.replace("%", " %") in text
+
+
 def test_the_document_states_these_totals():
     """The line-by-line table of docs/memory.md against both models, so that it cannot go stale."""
     setup = Setup(weights=weight_format("ternary"), rank=16, tokens=2048)
