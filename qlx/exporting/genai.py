@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlx.checkpoint import canonical_json
-from qlx.errors import Unsupported
-from qlx.runtime.session import GRAPH_FILE
+from qlx.runtime import GRAPH_FILE, generation_limits
 
 __all__ = ["CONFIG_FILE", "generation_config", "write_generation_config"]
 
@@ -24,27 +23,17 @@ def write_generation_config(directory: Path, model: Any) -> None:
 def generation_config(model: Any) -> dict[str, Any]:
     """The configuration as a value.
 
-    End tokens are those of the model's generation configuration, or else of its configuration.
-
     Raises:
         Unsupported: the model names no end token or no context length.
     """
     config, generation = model.config, model.generation_config
-    ends = _first(generation.eos_token_id, config.eos_token_id)
-    length = getattr(config, "max_position_embeddings", None)
-    if ends is None or length is None:
-        what = "eos_token_id" if ends is None else "max_position_embeddings"
-        raise Unsupported(
-            f"{type(model).__name__}: its configuration has no {what}, which generation needs; "
-            "set it in config.json"
-        )
-    first_end = ends if isinstance(ends, int) else ends[0]
+    length, ends = generation_limits(config, generation)
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": _first(generation.bos_token_id, config.bos_token_id, first_end),
-            "eos_token_id": ends,
-            "pad_token_id": _first(generation.pad_token_id, config.pad_token_id, first_end),
+            "bos_token_id": _first(generation.bos_token_id, config.bos_token_id, ends[0]),
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            "pad_token_id": _first(generation.pad_token_id, config.pad_token_id, ends[0]),
             "context_length": length,
             "vocab_size": config.vocab_size,
             "decoder": _decoder(config),

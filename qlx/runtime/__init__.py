@@ -19,6 +19,7 @@ from qlx.runtime.generate import (
     TextModel,
     TextPiece,
     TokenDecoder,
+    generation_limits,
 )
 from qlx.runtime.graph_guard import check_graph
 from qlx.runtime.predictor import OnnxPredictor
@@ -47,6 +48,7 @@ __all__ = [
     "check_graph",
     "class_labels",
     "classification",
+    "generation_limits",
     "next_distribution",
     "open_model",
     "positions",

@@ -9,14 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlx.checkpoint import load_json
-from qlx.errors import CorruptCheckpoint, InputRefused, UsageError
+from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, UsageError
 from qlx.inputs import Message, TextCodec
 from qlx.runtime.decoder import CausalDecoder
 from qlx.runtime.sampling import Sampler, SamplingOptions
 from qlx.runtime.session import OnnxModel, open_model
 from qlx.runtime.text import TextStream
 
-__all__ = ["FinishReason", "Generation", "TextGenerator", "TextModel", "TextPiece", "TokenDecoder"]
+__all__ = [
+    "FinishReason",
+    "Generation",
+    "TextGenerator",
+    "TextModel",
+    "TextPiece",
+    "TokenDecoder",
+    "generation_limits",
+]
 
 Array = NDArray[Any]
 
@@ -194,6 +202,24 @@ class TextGenerator(TextModel):
         self.model = model
 
 
+def generation_limits(config: Any, generation: Any) -> tuple[int, list[int]]:
+    """Context length and end tokens of a transformers model, from its two configurations.
+
+    End tokens are those of the generation configuration, or else of the model's.
+
+    Raises:
+        Unsupported: neither names an end token, or there is no context length.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    ends = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+    if ends is None or length is None:
+        missing = "eos_token_id" if ends is None else "max_position_embeddings"
+        raise Unsupported(
+            f"the model's config.json has no {missing}, which generation needs; add it"
+        )
+    return int(length), [ends] if isinstance(ends, int) else list(ends)
+
+
 def _limits(path: Path) -> tuple[int, frozenset[int]]:
     """Context length and end tokens from the directory's generation configuration."""
     file = path / GENERATION_FILE
@@ -201,7 +227,8 @@ def _limits(path: Path) -> tuple[int, frozenset[int]]:
         raise CorruptCheckpoint(
             f"{path}: there is no {GENERATION_FILE}; export the checkpoint again"
         )
-    model = load_json(file).get("model", {})
+    config = load_json(file)
+    model = config.get("model", {}) if isinstance(config, dict) else {}
     length, ends = model.get("context_length"), model.get("eos_token_id", [])
     ends = [ends] if isinstance(ends, int) else ends
     if not isinstance(length, int) or length < 2 or not all(isinstance(end, int) for end in ends):

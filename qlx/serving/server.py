@@ -1,0 +1,168 @@
+"""Running the application: the socket, the deadlines below HTTP, the address on standard error."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from qlx.errors import UsageError
+from qlx.serving.app import create_app
+from qlx.serving.engine import Engine, load_engine
+from qlx.serving.guard import LOOPBACK_HOSTS
+from qlx.serving.limits import ServingLimits
+
+__all__ = ["Server", "listen", "serve"]
+
+
+def serve(
+    path: Path | str,
+    *,
+    base: Any = None,
+    adapters: Iterable[tuple[str, Path | str]] = (),
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    threads: int | None = None,
+    api_key_variable: str | None = None,
+    limits: ServingLimits | None = None,
+) -> None:
+    """Serve a checkpoint over HTTP until SIGINT or SIGTERM; running answers are finished first.
+
+    Args:
+        path: a checkpoint of any kind; an ONNX one is served without torch.
+        base: the base model of a run or adapter.
+        adapters: (name, directory) of further checkpoints to serve under those names.
+        host: address to listen on; the default is reachable from this machine only.
+        port: 0 takes a free one. The address is printed on standard error once it answers.
+        threads: threads inside one operator.
+        api_key_variable: name of the environment variable that holds the key clients must send.
+        limits: what a client may cost.
+
+    Raises:
+        UsageError: the address cannot be used, two models have one name, or the key variable is empty.
+    """
+    limits = limits or ServingLimits()
+    key = _api_key(api_key_variable)
+    engines: list[Engine] = [load_engine(path, base=base, threads=threads)]
+    engines += [load_engine(item, name=name, base=base, threads=threads) for name, item in adapters]
+    hosts = LOOPBACK_HOSTS if _is_loopback(host) and key is None else None
+    app = create_app(
+        engines, api_key=key, hosts=None if hosts is None else sorted(hosts), limits=limits
+    )
+    with listen(host, port) as bound:
+        Server(app, limits, engines).run(sockets=[bound])
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key.isascii() or len(key) < 16:
+        raise UsageError(
+            f"the environment variable {variable} must hold a key of at least 16 ASCII characters"
+        )
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        UsageError: the address is not usable here.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(128)
+    except OSError as error:
+        bound.close()
+        raise UsageError(
+            f"cannot listen on {host} port {port} ({error.strerror or error}); choose another"
+        ) from error
+    return bound
+
+
+class Server(uvicorn.Server):
+    """uvicorn with qlx's limits; says where it listens once it does."""
+
+    def __init__(self, app: Any, limits: ServingLimits, engines: Sequence[Engine]) -> None:
+        self._engines = engines
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_protocol(limits.header_seconds),
+                ws="none",
+                lifespan="on",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=limits.connections,
+                h11_max_incomplete_event_size=limits.header_bytes,
+                timeout_keep_alive=5,
+                timeout_graceful_shutdown=limits.shutdown_seconds,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then print the address."""
+        await super().startup(sockets)
+        for bound in sockets or ():
+            host, port = bound.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            names = ", ".join(engine.name for engine in self._engines)
+            sys.stderr.write(f"serving {names} at http://{shown}:{port} (Ctrl-C stops)\n")
+            sys.stderr.flush()
+
+
+def _protocol(seconds: float) -> type[asyncio.Protocol]:
+    """Uvicorn's HTTP protocol with a deadline for a request's headers, which it lacks."""
+
+    class Deadline(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop()
+            super().connection_lost(exc)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def _watch(self) -> None:
+            """A timer runs exactly while headers are awaited; data that completes none does not restart it."""
+            if self.conn.their_state is not h11.IDLE:
+                self._stop()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(seconds, self._too_slow)
+
+        def _stop(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _too_slow(self) -> None:
+            if not self.transport.is_closing():
+                self.transport.close()
+
+    return Deadline
