@@ -9,7 +9,15 @@ from typing import Any, Protocol
 
 from qlx.checkpoint import Checkpoint, Manifest, open_checkpoint
 from qlx.errors import require
-from qlx.runtime import ImageModel, TextModel
+from qlx.inputs import ImagePreprocessor, TextCodec
+from qlx.runtime import (
+    Classifier,
+    ImageModel,
+    TextGenerator,
+    TextModel,
+    class_labels,
+    generation_limits,
+)
 
 __all__ = ["Engine", "LoadedEngine", "load_engine", "summary"]
 
@@ -67,19 +75,35 @@ def load_engine(
     name = name or checkpoint.manifest.tag
     if checkpoint.manifest.kind == "onnx":
         return _onnx_engine(checkpoint, name, threads)
-    require("torch", "train")
-    from qlx.serving.torch_engine import torch_engine
-
-    return torch_engine(checkpoint, name, base, threads)
+    return _torch_engine(checkpoint, name, base, threads)
 
 
 def _onnx_engine(checkpoint: Checkpoint, name: str, threads: int | None) -> LoadedEngine:
-    from qlx.runtime import Classifier, TextGenerator
-
     manifest = checkpoint.manifest
     if manifest.task == "image-classification":
         return LoadedEngine(name, manifest, images=Classifier(checkpoint.path, threads))
     return LoadedEngine(name, manifest, text=TextGenerator(checkpoint.path, threads))
+
+
+def _torch_engine(
+    checkpoint: Checkpoint, name: str, base: Any, threads: int | None
+) -> LoadedEngine:
+    torch = require("torch", "train")
+    from qlx.models import TorchPredictor, load_model
+    from qlx.models.decoding import TorchDecoder
+    from qlx.verification import base_of
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    manifest, path = checkpoint.manifest, checkpoint.path
+    model: Any = load_model(checkpoint, base_of(checkpoint, base)).eval()
+    if manifest.task == "image-classification":
+        predictor = TorchPredictor(model, manifest.task)
+        prepare = ImagePreprocessor.from_directory(path)
+        return LoadedEngine(name, manifest, ImageModel(prepare, predictor, class_labels(path)))
+    length, ends = generation_limits(model.config, model.generation_config)
+    text = TextModel(TextCodec.from_directory(path), length, ends, lambda: TorchDecoder(model))
+    return LoadedEngine(name, manifest, text=text)
 
 
 def summary(engine: Engine) -> dict[str, Any]:

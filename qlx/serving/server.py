@@ -1,10 +1,11 @@
 """Running the application: the socket, the deadlines below HTTP, the address on standard error."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with qlx's limits; says where it listens once it does."""
+    """uvicorn with qlx's limits; says where it listens once it does, and ends quietly on a signal."""
 
     def __init__(self, app: Any, limits: ServingLimits, engines: Sequence[Engine]) -> None:
         self._engines = engines
@@ -125,6 +126,13 @@ class Server(uvicorn.Server):
             names = ", ".join(engine.name for engine in self._engines)
             sys.stderr.write(f"serving {names} at http://{shown}:{port} (Ctrl-C stops)\n")
             sys.stderr.flush()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGINT and SIGTERM without raising them again: stopping is how serving ends well."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:
