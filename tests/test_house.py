@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ TORCH_AT_IMPORT = {
     "quant", "adapters", "models", "training", "merging", "packing", "exporting", "testing",
 }  # fmt: skip
 NEVER_TORCH = ("inputs", "runtime", "serving")
+TORCH_ENGINES = ("qlx.serving.torch_engine",)
 HEAVY = {
     "accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "sklearn", "transformers", "trl",
 }  # fmt: skip
@@ -174,7 +176,8 @@ def heavy_at_import(tree: Tree) -> list[str]:
     found = []
     for module in tree.trees:
         libraries = {target.split(".")[0] for target in tree.imports(module)}
-        if "torch" in libraries and tree.room(module) not in TORCH_AT_IMPORT:
+        allowed = tree.room(module) in TORCH_AT_IMPORT or module in TORCH_ENGINES
+        if "torch" in libraries and not allowed:
             found.append(f"{module} imports torch")
         if module.count(".") <= 1:
             reached = {name.split(".")[0] for name in tree.closure(module)} & HEAVY
@@ -183,11 +186,14 @@ def heavy_at_import(tree: Tree) -> list[str]:
 
 
 def torch_anywhere(tree: Tree) -> list[str]:
-    """Modules of torch-free packages that import torch, even inside a function."""
+    """Modules of torch-free packages that import torch, even inside a function.
+
+    In serving one module may: the engine for checkpoints that are not ONNX, loaded for them only.
+    """
     return [
         f"{module} imports {target}"
         for module in tree.trees
-        if tree.room(module) in NEVER_TORCH
+        if tree.room(module) in NEVER_TORCH and module not in TORCH_ENGINES
         for target in tree.imports(module, everywhere=True)
         if target.split(".")[0] in {"torch", "transformers", "peft", "bitsandbytes"}
     ]
@@ -247,7 +253,7 @@ def test_what_runs_on_a_small_box_never_imports_torch(qlx):
 
 @pytest.mark.parametrize("room", NEVER_TORCH)
 def test_the_closure_of_a_torch_free_package_has_no_torch(qlx, room):
-    modules = [name for name in qlx.trees if qlx.room(name) == room]
+    modules = [n for n in qlx.trees if qlx.room(n) == room and n not in TORCH_ENGINES]
     assert modules
     reached = {name.split(".")[0] for module in modules for name in qlx.closure(module)}
     assert reached & {"torch", *HEAVY} == set()
@@ -271,6 +277,72 @@ def test_the_shell_of_the_command_line_needs_click_only(qlx):
         third = {t.split(".")[0] for t in qlx.imports(module)} - {"qlx", *sys.stdlib_module_names}
         assert first <= {"qlx", "qlx.errors", *CLI_SHELL}, module
         assert third <= {"click"}, module
+
+
+# --- Dependencies
+
+DISTRIBUTION = {  # where it differs from the module
+    "PIL": "pillow",
+    "jinja2": "jinja2",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+COMES_WITH = {"pydantic_core": "pydantic"}
+
+
+def undeclared(tree: Tree, declared: set[str]) -> list[str]:
+    """Third-party modules that are imported or required but that no dependency brings."""
+    found = set()
+    for module, parsed in tree.trees.items():
+        names = {target.split(".")[0] for target in tree.imports(module, everywhere=True)}
+        for node in ast.walk(parsed):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+                found_name = node.args[0]
+                if isinstance(found_name, ast.Constant):
+                    names.add(str(found_name.value).split(".")[0])
+        for name in names - {tree.name, "__future__", *sys.stdlib_module_names}:
+            name = COMES_WITH.get(name, name)
+            if _normal(DISTRIBUTION.get(name, name)) not in declared:
+                found.add(f"{module} imports {name}")
+    return sorted(found)
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared_dependencies() -> set[str]:
+    """Normalized names of everything that pyproject.toml asks for, `dev` left out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [
+        *project["dependencies"],
+        *(x for name in extras if name != "dev" for x in extras[name]),
+    ]
+    return {_normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
+
+
+def test_every_import_is_declared(qlx):
+    assert undeclared(qlx, declared_dependencies()) == []
+
+
+def test_an_undeclared_import_is_found(small_tree):
+    tree = small_tree(
+        {"quant/a.py": "def f():\n    import polars\n    require('tkinter3.x', 'e')\nimport yaml"}
+    )
+    assert undeclared(tree, {"pyyaml"}) == [
+        "qlx.quant.a imports polars",
+        "qlx.quant.a imports tkinter3",
+    ]
+
+
+def test_every_declared_dependency_is_pinned():
+    pins = {
+        _normal(line.split("==")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    assert declared_dependencies() - {"qlx"} <= pins
 
 
 # --- Docstrings

@@ -8,9 +8,22 @@ from qlx.cli import options
 from qlx.cli.session import Session
 
 
-@options.command("serve", examples=("qlx serve onnx/digits --port 8080",))
+@options.command(
+    "serve",
+    examples=(
+        "qlx serve onnx/digits --port 8080",
+        "qlx serve adapters/python --base runs/python-base --adapter second=adapters/other",
+    ),
+)
 @click.argument("checkpoint", type=options.DIRECTORY)
 @options.base()
+@click.option(
+    "--adapter",
+    "adapters",
+    metavar="NAME=DIR",
+    multiple=True,
+    help="Serve another checkpoint beside it, under NAME.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -19,11 +32,41 @@ from qlx.cli.session import Session
     show_default=True,
     help="Port to listen on; 0 takes a free one.",
 )
-def command(session: Session, checkpoint: Path, base: str | None, host: str, port: int) -> None:
+@click.option("--threads", type=click.IntRange(1), help="Threads inside one operator.")
+@click.option(
+    "--api-key-env",
+    metavar="VARIABLE",
+    help="Environment variable with the key that clients must send.",
+)
+def command(
+    session: Session,
+    checkpoint: Path,
+    base: str | None,
+    adapters: tuple[str, ...],
+    host: str,
+    port: int,
+    threads: int | None,
+    api_key_env: str | None,
+) -> None:
     """Serve a checkpoint over HTTP.
 
-    Runs until interrupted; the address is printed once it listens.
+    Runs until interrupted. The address is printed on standard error once it answers.
     """
     from qlx.serving import serve
 
-    serve(checkpoint, base=base, host=host, port=port)
+    serve(
+        checkpoint,
+        base=base,
+        adapters=[_named(text) for text in adapters],
+        host=host,
+        port=port,
+        threads=threads,
+        api_key_variable=api_key_env,
+    )
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, directory = text.partition("=")
+    if not name or not equals or not Path(directory).is_dir():
+        raise click.UsageError(f"--adapter {text!r}: write NAME=DIR with an existing directory")
+    return name, Path(directory)
