@@ -24,7 +24,14 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.models import load_base, make_probe, tensor_names, with_quantized_names
+from qlx.models import (
+    STORED_DTYPE,
+    load_base,
+    make_probe,
+    tensor_names,
+    torch_float,
+    with_quantized_names,
+)
 from qlx.recipe import AdapterSection
 
 VOCABULARY = 96
@@ -97,12 +104,15 @@ def inputs_for(kind: str, count: int = 12) -> dict[str, np.ndarray]:
 
 @dataclass
 class Case:
-    """What kind of adapter to make; `size` scales its effect."""
+    """What kind of adapter to make.
+
+    `size` scales its effect; `stored` is the dtype the base was loaded in for training.
+    """
 
     kind: str = "llama"
     quant: QuantSpec = NONE
-    dtype: torch.dtype = torch.float32
     size: float = 1.0
+    stored: str | None = None
     seed: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -111,8 +121,10 @@ def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
     """An adapter checkpoint on `base` with a probe of the unmerged model, as training writes it."""
     task = TASKS[case.kind]
     quant = case.quant if case.quant.quantized else None
-    model = load_base(base, task, quant=quant)
+    model = load_base(base, task, quant=quant, dtype=torch_float(case.stored or "float32"))
     spec = with_quantized_names(model, case.quant, base) if quant is not None else NONE
+    if case.stored is not None:
+        spec = spec.model_copy(update={"extras": {STORED_DTYPE: case.stored}})
     section = AdapterSection(**{"rank": 4, "alpha": 12.0, **case.options})
     adapted = attach_adapter(model, section, task=task)
     draw(adapted, case.size, case.seed)
