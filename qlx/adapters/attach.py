@@ -1,7 +1,7 @@
 """Putting adapters into a model with PEFT, for training and for running, and writing them out.
 
-PEFT is imported inside: it takes seconds. Where PEFT is silent (a pattern that matches nothing, a
-key that is not loaded, a target that is not there) these functions refuse.
+PEFT is imported inside: it takes seconds. Where PEFT warns or is silent (a pattern that matches
+nothing, a key that is not loaded, a target that is not there) these functions refuse.
 """
 
 import os
@@ -16,7 +16,7 @@ from qlx.adapters.config import CONFIG_FILE, pattern_matches
 from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
 from qlx.checkpoint import AdapterSpec, canonical_json
 from qlx.errors import Mismatch, Unsupported, require
-from qlx.quant import HEAD_NAMES
+from qlx.quant import head_modules, names_part
 from qlx.recipe import AdapterSection
 from qlx.weights import read_tensors, write_tensors
 
@@ -38,17 +38,11 @@ def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple
     """Name endings of all linear layers, heads and modules trained whole left out, sorted.
 
     Raises:
-        Unsupported: there is none, or an ending also names a head.
+        Unsupported: there is none, or an ending also names a layer that is left out.
     """
-    saved = tuple(modules_to_save)
+    saved, heads = tuple(modules_to_save), head_modules(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    left_out = {
-        name
-        for name in linear
-        if name.rpartition(".")[2] in HEAD_NAMES or any(f".{s}." in f".{name}." for s in saved)
-    }
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    left_out |= {n for n, m in model.named_modules() if output is not None and m is output}
+    left_out = {n for n in linear if n in heads or any(names_part(n, entry) for entry in saved)}
     endings = {name.rpartition(".")[2] for name in linear if name not in left_out}
     clash = sorted(endings & {name.rpartition(".")[2] for name in left_out})
     if not endings or clash:
@@ -90,21 +84,26 @@ def attach_adapter(model: nn.Module, section: AdapterSection, *, task: str | Non
     automatic = section.target_modules == "auto"
     targets = auto_targets(model, section.modules_to_save) if automatic else section.target_modules
     names = [name for name, _ in model.named_modules()]
-    for field, entries in (
-        ("target_modules", targets),
-        ("modules_to_save", section.modules_to_save),
-    ):
-        for entry in entries:
-            if not any(f".{name}".endswith(f".{entry}") for name in names):
-                raise Unsupported(f"adapter.{field}: {entry!r} names no part of this model")
+    _check_named("target_modules", targets, names)
+    _check_named("modules_to_save", section.modules_to_save, names)
     adapted = [n for n in names if any(f".{n}".endswith(f".{target}") for target in targets)]
     _check_patterns("rank_pattern", section.rank_pattern, adapted)
     _check_patterns("alpha_pattern", section.alpha_pattern, adapted)
     return peft.get_peft_model(model, lora_config(section, targets, task=task))
 
 
+def _check_named(field: str, entries: Iterable[str], names: list[str]) -> None:
+    """Each entry must be the ending of a module's name, at a dot (PEFT's modules_to_save is not)."""
+    for entry in entries:
+        if not any(f".{name}".endswith(f".{entry}") for name in names):
+            raise Unsupported(f"adapter.{field}: {entry!r} names no part of this model")
+        wider = [n for n in names if n.endswith(entry) and not f".{n}".endswith(f".{entry}")]
+        if wider and field == "modules_to_save":
+            raise Unsupported(f"adapter.{field}: PEFT would also train {wider[0]!r} for {entry!r}")
+
+
 def _check_patterns(field: str, patterns: Mapping[str, float], adapted: list[str]) -> None:
-    """PEFT ignores a pattern that matches nothing, and forgets the order of those that overlap."""
+    """PEFT only warns of a pattern that matches nothing, and forgets the order of those that overlap."""
     for key in patterns:
         if not any(pattern_matches(key, name) for name in adapted):
             raise Unsupported(f"adapter.{field}: {key!r} matches no adapted module")
@@ -136,16 +135,23 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
     peft = require("peft", "train")
     directory = Path(directory)
     read_adapter(directory)
-    loaded = peft.PeftModel.from_pretrained(
-        model, str(directory), is_trainable=trainable, autocast_adapter_dtype=False
-    )
+    try:
+        loaded = peft.PeftModel.from_pretrained(
+            model, str(directory), is_trainable=trainable, autocast_adapter_dtype=False
+        )
+    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Mismatch(
+            f"{directory}: the adapter does not fit this base model: {reason}"
+        ) from error
     _check_loaded(loaded, directory)
     return loaded.train(trainable)
 
 
 def _check_loaded(peft_model: Any, directory: Path) -> None:
-    present = _adapter_state(peft_model)
     stored = read_tensors(directory / WEIGHTS_FILE)
+    whole = {k: v for k, v in peft_model.state_dict().items() if k in stored}  # embeddings
+    present = whole | _adapter_state(peft_model)
     if not adapted_modules(peft_model):
         raise Mismatch(f"{directory}: none of its targets is in this base model")
     lost, empty = sorted(stored.keys() - present.keys()), sorted(present.keys() - stored.keys())

@@ -186,7 +186,9 @@ def _saved(
 
 def _expected(config: AdapterConfig, modules: Iterable[str], name: str) -> bool:
     module, _, parameter = name.rpartition(".")
-    if any(f".{entry}." in f".{module}." for entry in config.modules_to_save):
+    parts = module.split(".")
+    owners = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    if any(owner.endswith(config.modules_to_save) for owner in owners):  # PEFT's rule, not at dots
         return True
     if parameter == "bias":
         return config.bias == "all" or (config.bias == "lora_only" and module in modules)

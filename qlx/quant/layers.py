@@ -15,7 +15,9 @@ __all__ = [
     "HEAD_NAMES",
     "eligible_modules",
     "guard_bitsandbytes",
+    "head_modules",
     "linear4bit_modules",
+    "names_part",
     "packed_of_module",
     "quantize_model",
     "set_compute_dtype",
@@ -40,12 +42,12 @@ def eligible_modules(
     """
     skips = tuple(skip_modules)
     _check_skips(model, skips)
-    shared = _shared_weights(model)
+    shared, heads = _shared_weights(model), head_modules(model)
     names, odd = [], []
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or id(module.weight) in shared:
             continue
-        if name.rpartition(".")[2] in HEAD_NAMES or any(_names_part(name, s) for s in skips):
+        if name in heads or any(names_part(name, skip) for skip in skips):
             continue
         names.append(name)
         if module.in_features % group_size:
@@ -58,7 +60,17 @@ def eligible_modules(
     return names
 
 
-def _names_part(name: str, entry: str) -> bool:
+def head_modules(model: nn.Module) -> set[str]:
+    """Names of the output heads: those in `HEAD_NAMES`, and what the model calls its own."""
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in HEAD_NAMES or (output is not None and module is output)
+    }
+
+
+def names_part(name: str, entry: str) -> bool:
     """Whether the dotted components of `entry` occur in a row in those of `name`."""
     return f".{entry}." in f".{name}."
 
@@ -66,20 +78,18 @@ def _names_part(name: str, entry: str) -> bool:
 def _check_skips(model: nn.Module, skips: tuple[str, ...]) -> None:
     names = [name for name, _ in model.named_modules()]
     for entry in skips:
-        if not any(_names_part(name, entry) for name in names):
+        if not any(names_part(name, entry) for name in names):
             raise Unsupported(f"skip_modules: {entry!r} names no part of this model")
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """Ids of parameters held by several modules, and of the output embedding's weight."""
+    """Ids of parameters that several modules hold, such as tied embeddings."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             (shared if id(parameter) in seen else seen).add(id(parameter))
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(output, "weight", None)
-    return shared if weight is None else shared | {id(weight)}
+    return shared
 
 
 def quantize_model(model: nn.Module, spec: QuantSpec) -> list[str]:
