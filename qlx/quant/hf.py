@@ -1,5 +1,6 @@
 """Quantization while transformers loads a model (`mode: hf`), as opposed to afterwards by qlx."""
 
+import re
 from typing import Any
 
 from qlx.checkpoint import QuantSpec
@@ -31,5 +32,10 @@ def bnb_config(spec: QuantSpec) -> Any:
         bnb_4bit_quant_type=spec.scheme,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=torch_dtype_of(spec.compute_dtype),
-        llm_int8_skip_modules=sorted({*HEAD_NAMES, *spec.skip_modules}),
+        llm_int8_skip_modules=[_whole(entry) for entry in (*HEAD_NAMES, *spec.skip_modules)],
     )
+
+
+def _whole(entry: str) -> str:
+    """The expression by which transformers skips what `names_part` says; a bare `fc` means `c_fc`, too."""
+    return rf"(.*\.)?{re.escape(entry)}"

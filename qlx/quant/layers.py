@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 HEAD_NAMES = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "head", "fc")
-"""Last name components of output heads: small, precise, often trained; never quantized."""
+"""Name components of output heads: small, precise, often trained; never quantized."""
 
 
 def eligible_modules(
@@ -61,12 +61,13 @@ def eligible_modules(
 
 
 def head_modules(model: nn.Module) -> set[str]:
-    """Names of the output heads: those in `HEAD_NAMES`, and what the model calls its own."""
+    """Names of the output heads and their parts: `HEAD_NAMES`, and what the model calls its own."""
     output: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in HEAD_NAMES or (output is not None and module is output)
+        if any(names_part(name, head) for head in HEAD_NAMES)
+        or (output is not None and module is output)
     }
 
 

@@ -9,11 +9,13 @@ from torch import nn
 from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported
 from qlx.quant import (
+    HEAD_NAMES,
     bnb_config,
     dequantize_tensor,
     eligible_modules,
     guard_bitsandbytes,
     linear4bit_modules,
+    names_part,
     packed_fingerprint,
     packed_of_module,
     quantize_model,
@@ -72,6 +74,13 @@ def test_heads_embeddings_and_skips_are_left_out():
         "mlp.gate_proj",
         "mlp.up_proj",
     ]
+
+
+def test_parts_of_a_head_are_left_out():
+    """As in RoBERTa, whose classifier has two layers."""
+    head = nn.ModuleDict({"dense": nn.Linear(64, 64), "out_proj": nn.Linear(64, 2)})
+    model = nn.ModuleDict({"dense": nn.Linear(64, 64), "classifier": head})
+    assert eligible_modules(model) == ["dense"]
 
 
 def test_skip_entries_are_whole_components():
@@ -155,6 +164,28 @@ def test_mode_hf_and_mode_manual_give_the_same_model(tmp_path):
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(loaded(pixels).logits, manual(pixels).logits)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head",
+        "h.0.mlp.c_fc",
+        "fc",
+        "layers.1.mlp.up",
+        "layers.11.mlp.up",
+        "vit.subhead",
+        "a.head.b",
+    ],
+)
+def test_mode_hf_skips_what_mode_manual_skips(name):
+    """Transformers takes a bare entry as the end of any name, so `fc` would also skip `c_fc`."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    spec = SPEC.model_copy(update={"skip_modules": ("layers.1",)})
+    entries = bnb_config(spec).llm_int8_skip_modules
+    skipped = any(names_part(name, entry) for entry in (*HEAD_NAMES, "layers.1"))
+    assert should_convert_module(name, entries) is not skipped
 
 
 def test_bnb_config_refuses_what_transformers_cannot_do():
