@@ -332,7 +332,7 @@ def test_one_side_of_tied_embeddings_is_refused(tmp_path, bases, target):
         adapter = make_adapter(base, tmp_path / "adapter", Case(options=options))
     except (Mismatch, Unsupported):
         return  # refused even earlier
-    with pytest.raises((Unsupported, Mismatch), match="tie|no tensor"):
+    with pytest.raises((Unsupported, Mismatch), match=r"tie|no tensor"):
         merge(base, [adapter.path], tmp_path / "merged")
 
 
