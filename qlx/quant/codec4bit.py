@@ -140,6 +140,12 @@ def levels(scheme: Scheme) -> Tensor:
 
 
 @cache
+def _level_pairs(scheme: Scheme) -> Tensor:
+    """The two values that each byte stands for, float32 [256, 2]."""
+    return levels(scheme)[unpack_codes(torch.arange(256, dtype=torch.uint8), 512).int()].view(-1, 2)
+
+
+@cache
 def _ascending(scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring levels [15] and the codes in ascending order of level [16]."""
     order = torch.arange(16) if scheme == "nf4" else torch.tensor(_FP4_ASCENDING)
@@ -290,7 +296,8 @@ def dequantize_tensor(packed: PackedTensor, dtype: torch.dtype | None = None) ->
     `dtype` is that of the weight before by default, as in bitsandbytes; float32 gives the values
     that a quantized layer computes with before its own cast, whatever the base was stored in.
     """
-    values = levels(packed.scheme)[unpack_codes(packed.codes, packed.count).int()]
+    pairs = _level_pairs(packed.scheme).to(packed.codes.device)
+    values = pairs.index_select(0, packed.codes.int()).view(-1)[: packed.count]
     full = packed.count - packed.count % packed.block_size
     values[:full].view(-1, packed.block_size).mul_(packed.absmax[: full // packed.block_size, None])
     if full < packed.count:
