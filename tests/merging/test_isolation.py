@@ -9,7 +9,7 @@ import torch
 from qlx.merging import merge
 from qlx.weights import read_tensors
 from tests.adapter_support import NF4, Case, make_adapter, make_base
-from tests.isolation import run_without
+from tests.isolation import DISTANCE, run_without
 
 STREAM = """
 from pathlib import Path
@@ -21,68 +21,57 @@ roundings = write_merged(plan_of(adapter, base, None, None, True), target)
 result = [item.name for item in roundings]
 """
 
-RELATIVE = """
-import numpy, torch
-from safetensors.numpy import load_file
-probe = load_file(argv[0] + "/probe.safetensors")
-inputs = {name[6:]: torch.from_numpy(value) for name, value in probe.items() if name.startswith("input.")}
-def distance(model):
-    with torch.inference_mode():
-        given = model.eval()(**inputs).logits.float().numpy()
-    wanted = probe["output.reference"]
-    if "attention_mask" in inputs:
-        rows = inputs["attention_mask"].numpy().astype(bool)
-        given, wanted = given[rows], wanted[rows]
-    return float(numpy.linalg.norm(given - wanted) / numpy.linalg.norm(wanted))
-"""
-
 PLAIN_TRANSFORMERS = (
     "import transformers\n"
-    + RELATIVE
-    + """
-auto = {"vit": "AutoModelForImageClassification", "llama": "AutoModelForCausalLM"}[argv[1]]
-result = distance(getattr(transformers, auto).from_pretrained(argv[0]))
-"""
+    + DISTANCE
+    + "result = [distance(plain_model(path), path) for path in argv]\n"
 )
 
 PLAIN_PEFT = (
     "import transformers, peft\n"
-    + RELATIVE
+    + DISTANCE
     + """
-auto = {"vit": "AutoModelForImageClassification", "llama": "AutoModelForCausalLM"}[argv[1]]
-base = getattr(transformers, auto).from_pretrained(argv[2])
-result = distance(peft.PeftModel.from_pretrained(base, argv[0]))
+result = []
+for base, path in zip(argv[::2], argv[1::2]):
+    result.append(distance(peft.PeftModel.from_pretrained(plain_model(base), path), path))
 """
 )
 
 
-@pytest.fixture(scope="module", params=["vit", "llama"])
-def trained(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp(request.param)
-    base = make_base(root / "base", request.param)
-    quantized = make_adapter(base, root / "quantized", Case(request.param, NF4))
-    merged = merge(base, [quantized.path], root / "merged")
-    return request.param, base, quantized, merged
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """By kind: the base, an adapter trained on it quantized, the two merged, an adapter without."""
+    root = tmp_path_factory.mktemp("made")
+    found = {}
+    for kind in ("vit", "llama"):
+        base = make_base(root / f"{kind}-base", kind)
+        quantized = make_adapter(base, root / f"{kind}-quantized", Case(kind, NF4))
+        merged = merge(base, [quantized.path], root / f"{kind}-merged")
+        plain = make_adapter(base, root / f"{kind}-plain", Case(kind))
+        found[kind] = (base, quantized, merged, plain)
+    return found
 
 
-def test_merging_imports_neither_transformers_nor_peft(trained, tmp_path):
-    _, base, adapter, merged = trained
-    blocked = ("transformers", "peft", "bitsandbytes")
-    names = run_without(blocked, STREAM, adapter.path, base, tmp_path / "out")
-    assert sorted(names) == sorted(adapter.manifest.adapter.tensors.values())
-    left, right = read_tensors(tmp_path / "out"), read_tensors(merged.path)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+def test_merging_imports_neither_transformers_nor_peft(made, tmp_path):
+    for kind, (base, adapter, merged, _) in made.items():
+        blocked = ("transformers", "peft", "bitsandbytes")
+        names = run_without(blocked, STREAM, adapter.path, base, tmp_path / kind)
+        assert sorted(names) == sorted(adapter.manifest.adapter.tensors.values())
+        left, right = read_tensors(tmp_path / kind), read_tensors(merged.path)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_merged_directory_loads_in_plain_transformers(trained):
-    kind, _, _, merged = trained
-    assert run_without(("qlx", "peft"), PLAIN_TRANSFORMERS, merged.path, kind) < 1e-5
+def test_a_merged_directory_loads_in_plain_transformers(made):
+    paths = [merged.path for _, _, merged, _ in made.values()]
+    distances = run_without(("qlx", "peft"), PLAIN_TRANSFORMERS, *paths)
+    assert len(distances) == 2
+    assert max(distances) < 1e-5
 
 
-def test_an_adapter_loads_in_plain_peft(trained, tmp_path):
-    kind, base, quantized, _ = trained
-    adapter = make_adapter(base, tmp_path / "adapter", Case(kind))
-    assert run_without(("qlx",), PLAIN_PEFT, adapter.path, kind, base) < 1e-5
-    on_the_wrong_values = run_without(("qlx",), PLAIN_PEFT, quantized.path, kind, base)
-    assert on_the_wrong_values > 1e-3  # it was trained on the quantized base
+def test_an_adapter_loads_in_plain_peft(made):
+    right = [item for base, _, _, plain in made.values() for item in (base, plain.path)]
+    wrong = [item for base, quantized, _, _ in made.values() for item in (base, quantized.path)]
+    distances = run_without(("qlx",), PLAIN_PEFT, *right, *wrong)
+    assert max(distances[:2]) < 1e-5
+    assert min(distances[2:]) > 1e-3  # these were trained on the quantized base

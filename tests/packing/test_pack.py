@@ -15,8 +15,7 @@ from qlx.quant import packed_fingerprint, packed_from_entries, quantize_tensor
 from qlx.verification import verify
 from qlx.weights import read_tensors
 from tests.adapter_support import FP4, NF4, NONE, Case, make_adapter, make_base
-from tests.isolation import run_without
-from tests.merging.test_isolation import RELATIVE
+from tests.isolation import DISTANCE, run_without
 
 KINDS = ["vit", "llama"]
 
@@ -161,31 +160,38 @@ def test_refusals(tmp_path, bases, merged):
 
 PLAIN_BITSANDBYTES = (
     "import transformers, bitsandbytes\n"
-    + RELATIVE
+    + DISTANCE
     + """
-auto = {"vit": "AutoModelForImageClassification", "llama": "AutoModelForCausalLM"}[argv[1]]
-model = getattr(transformers, auto).from_pretrained(argv[0])
-layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-for layer in layers:  # its AVX512-BF16 kernel rounds to bfloat16 and repacks the weights in place
-    layer.support_avx512bf16_for_cpu = False
-probe["output.reference"] = probe["output.own"]
-result = [len(layers), distance(model)]
+result = {}
+for path in argv:
+    model = plain_model(path)
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for layer in layers:  # its AVX512-BF16 kernel rounds to bfloat16 and repacks weights in place
+        layer.support_avx512bf16_for_cpu = False
+    result[path] = [len(layers), distance(model, path, "own")]
 """
 )
 
 
-@pytest.mark.parametrize("to", ["nf4", "fp4"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_plain_transformers_with_bitsandbytes_gives_our_outputs(
-    tmp_path, merged, kind, to, double_quant
-):
-    packed = pack(
-        merged[kind].path, tmp_path / "p", to=to, double_quant=double_quant, min_retention=0
-    )
-    layers, relative = run_without(("qlx", "peft"), PLAIN_BITSANDBYTES, packed.path, kind)
-    assert layers == len(packed.manifest.quantization.tensors)
-    assert relative < 1e-4
+def test_plain_transformers_with_bitsandbytes_gives_our_outputs(tmp_path, merged):
+    made = [
+        pack(
+            merged[kind].path,
+            tmp_path / f"{kind}-{to}-{double_quant}",
+            to=to,
+            double_quant=double_quant,
+            min_retention=0,
+        )
+        for kind in KINDS
+        for to in ("nf4", "fp4")
+        for double_quant in (True, False)
+    ]
+    found = run_without(("qlx", "peft"), PLAIN_BITSANDBYTES, *(packed.path for packed in made))
+    assert len(found) == 8
+    for packed in made:
+        layers, relative = found[str(packed.path)]
+        assert layers == len(packed.manifest.quantization.tensors)
+        assert relative < 1e-4, packed.path
 
 
 def test_sizes_are_those_of_four_bits(tmp_path, merged):
