@@ -35,7 +35,7 @@ from qlx.models import (
 from qlx.recipe import AdapterSection
 
 VOCABULARY = 96
-TASKS = {"vit": "image-classification", "llama": "causal-lm"}
+TASKS = {"vit": "image-classification"} | dict.fromkeys(("llama", "qwen3", "gpt2"), "causal-lm")
 NF4 = QuantSpec(method="qlora", weight_bits=4, scheme="nf4", group_size=64, double_quant=True)
 FP4 = NF4.model_copy(update={"scheme": "fp4", "double_quant": False})
 NONE = QuantSpec()
@@ -44,9 +44,9 @@ NONE = QuantSpec()
 def make_base(
     directory: Path, kind: str, dtype: torch.dtype = torch.float32, *, tied=False, seed=0
 ) -> Path:
-    """A plain transformers directory: a ViT or a Llama of 2 layers, width 64."""
+    """A plain transformers directory: a model of 2 layers, width 64."""
     torch.manual_seed(seed)
-    model = _vit() if kind == "vit" else _llama(tied)
+    model = _BUILD[kind](tied)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
@@ -57,7 +57,7 @@ def make_base(
     return directory
 
 
-def _vit() -> Any:
+def _vit(tied: bool) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
@@ -91,6 +91,35 @@ def _llama(tied: bool) -> Any:
     )
 
 
+def _qwen3(tied: bool) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=128,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def _gpt2(tied: bool) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": VOCABULARY}
+    return GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=1))
+
+
+_BUILD = {"vit": _vit, "llama": _llama, "qwen3": _qwen3, "gpt2": _gpt2}
+
+
 def inputs_for(kind: str, count: int = 12) -> dict[str, np.ndarray]:
     """Model inputs; texts are padded on the right."""
     random = np.random.default_rng(7)
@@ -106,6 +135,7 @@ def inputs_for(kind: str, count: int = 12) -> dict[str, np.ndarray]:
 class Case:
     """What kind of adapter to make.
 
+    `options` are fields of a recipe's adapter section, `peft` those of a LoraConfig instead.
     `size` scales its effect; `stored` is the dtype the base was loaded in for training.
     """
 
@@ -115,6 +145,7 @@ class Case:
     stored: str | None = None
     seed: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    peft: dict[str, Any] | None = None
 
 
 def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
@@ -125,8 +156,7 @@ def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
     spec = with_quantized_names(model, case.quant, base) if quant is not None else NONE
     if case.stored is not None:
         spec = spec.model_copy(update={"extras": {STORED_DTYPE: case.stored}})
-    section = AdapterSection(**{"rank": 4, "alpha": 12.0, **case.options})
-    adapted = attach_adapter(model, section, task=task)
+    adapted = _attach(model, case, task)
     draw(adapted, case.size, case.seed)
     record = adapter_spec(adapted, tensor_names(adapted, base))
     source = resolve_source(str(base))
@@ -149,14 +179,23 @@ def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
     return open_checkpoint(target)
 
 
+def _attach(model: Any, case: Case, task: str) -> Any:
+    if case.peft is None:
+        section = AdapterSection(**{"rank": 4, "alpha": 12.0, **case.options})
+        return attach_adapter(model, section, task=task)
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 12, **case.peft}))
+
+
 def draw(adapted: Any, size: float, seed: int) -> None:
     """Give a fresh adapter values as if trained: every part random, the magnitudes near their start."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_A" in name:
+            if "lora_A" in name or "lora_embedding_A" in name:
                 parameter.copy_(torch.randn_like(parameter) / 8)
-            elif "lora_B" in name:
+            elif "lora_B" in name or "lora_embedding_B" in name:
                 parameter.copy_(torch.randn_like(parameter) * size / 20)
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.2 * size * torch.rand_like(parameter))

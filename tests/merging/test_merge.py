@@ -102,6 +102,38 @@ def test_every_adapter_equals_the_oracle_and_pefts_forward(tmp_path, bases, kind
     assert report.comparisons["reference"].top1 == 1.0
 
 
+OTHER_LAYERS = {
+    "lora-bias": ("vit", {"target_modules": ["q_proj", "fc1"], "lora_bias": True}),
+    "convolution": ("vit", {"target_modules": ["projection", "v_proj"]}),
+    "convolution-dora": ("vit", {"target_modules": ["projection"], "use_dora": True}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    "some-layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    "expression": ("llama", {"target_modules": r".*layers\.0\..*(up|down)_proj"}),
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "qwen3": ("qwen3", {"target_modules": ["q_proj", "o_proj", "gate_proj"], "use_rslora": True}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "conv1d-dora": ("gpt2", {"target_modules": ["c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "pissa-like": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_other_layers_equal_pefts_forward(tmp_path, bases, name):
+    kind, options = OTHER_LAYERS[name]
+    base = bases(kind)
+    adapter = make_adapter(base, tmp_path / "adapter", Case(kind, peft=options))
+    merged = merge(base, [adapter.path], tmp_path / "merged")
+    report = verify(merged.path)
+    assert report.passed
+    assert report.comparisons["reference"].relative < 1e-5
+    before, after = read_tensors(base), read_tensors(merged.path)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    adapted = set(adapter.manifest.adapter.tensors.values())
+    assert changed >= adapted
+    assert changed - adapted <= {key.replace(".weight", ".bias") for key in adapted}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("quant", [NONE, NF4, FP4], ids=["none", "nf4", "fp4"])
 @pytest.mark.parametrize("kind", ["vit", "llama"])
@@ -250,6 +282,14 @@ def test_a_base_loaded_in_sixteen_bits_is_merged_as_it_was_seen(tmp_path, bases)
     for name in set(stored) - adapted:
         assert torch.equal(result[name], stored[name].bfloat16().float())
     assert verify(merged.path).comparisons["reference"].relative < 1e-5
+
+
+def test_a_quantized_model_with_tied_embeddings_merges(tmp_path, bases):
+    base = bases("qwen3", tied=True)
+    adapter = make_adapter(base, tmp_path / "adapter", Case("qwen3", NF4))
+    merged = merge(base, [adapter.path], tmp_path / "merged")
+    assert "lm_head.weight" not in open_weights(merged.path)
+    assert verify(merged.path).passed
 
 
 def leaves_nothing(directory):
