@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlx.checkpoint import Checkpoint, Manifest, ProbeRecord, next_step, open_checkpoint, seal, write_probe
+from qlx.checkpoint import (
+    Checkpoint,
+    Manifest,
+    ProbeRecord,
+    next_step,
+    open_checkpoint,
+    seal,
+    write_probe,
+)
 from qlx.checkpoint.durable import new_checkpoint
 from qlx.inputs import ImagePreprocessor, train_tokenizer
 from qlx.models import make_probe
@@ -115,3 +123,15 @@ def merged_checkpoint(target: Path, task: str, model: Any = None) -> Checkpoint:
             ),
         )
     return open_checkpoint(target)
+
+
+def export_for_tests(task: str, factory: Any) -> tuple[Checkpoint, Any]:
+    """An ONNX checkpoint, exported once per test process, and the torch model it was made of."""
+    from qlx.exporting import export_onnx
+
+    model = tiny_vit() if task == "image-classification" else tiny_llama()
+    room = factory.getbasetemp() / "onnx-shared"
+    target = room / f"onnx-{task}"
+    if not target.exists():
+        export_onnx(merged_checkpoint(room / f"merged-{task}", task, model), target)
+    return open_checkpoint(target), model

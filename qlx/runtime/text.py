@@ -33,7 +33,7 @@ class TextStream:
         return certain
 
     def flush(self) -> str:
-        """What was held back; call it when no token follows."""
+        """What was held back; call it when no token follows. Half a character at the end is dropped."""
         held, self._held = self._held, ""
         return held
 
