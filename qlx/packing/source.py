@@ -12,7 +12,7 @@ from qlx.checkpoint import Checkpoint, Manifest, Source
 from qlx.errors import InputRefused, Mismatch
 from qlx.merging import MergePlan, adapter_checkpoint, as_trained, base_value, merged_value, plan_of
 from qlx.merging.stream import load_tensor
-from qlx.verification import base_of, needs_base
+from qlx.verification import base_of, later_steps, needs_base
 from qlx.weights import WeightSet, open_weights
 
 __all__ = ["Weights", "WholeWeights", "weights_to_pack"]
@@ -74,7 +74,7 @@ class WholeWeights:
 
 
 def _onto_original(manifest: Manifest) -> bool:
-    return any(step.options.get("onto") == "original" for step in manifest.lineage)
+    return any(step.options.get("onto") == "original" for step in later_steps(manifest))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ __all__ = [
     "Thresholds",
     "against_thresholds",
     "check_comparison",
+    "later_steps",
     "lossy_steps",
     "own_thresholds",
     "reference_thresholds",
@@ -72,6 +73,7 @@ class Thresholds:
         return {name: value for name, value in values.items() if value is not None}
 
 
+_MAKES_REFERENCE = ("train", "save-adapter")
 _UPPER = ("relative", "max_abs", "kl_mean", "kl_p99")
 _LOWER = ("top1", "top1_decided", "retention")
 
@@ -114,12 +116,21 @@ def check_comparison(name: str, comparison: Comparison, thresholds: Thresholds) 
     return checks
 
 
+def later_steps(manifest: Manifest) -> tuple[Step, ...]:
+    """The steps since the probe's reference was made, by training or by importing an adapter.
+
+    What happened to the base before that is part of what training saw.
+    """
+    made = [at for at, step in enumerate(manifest.lineage) if step.command in _MAKES_REFERENCE]
+    return manifest.lineage[made[-1] + 1 :] if made else manifest.lineage
+
+
 def lossy_steps(manifest: Manifest) -> tuple[Step, ...]:
-    """The steps of the lineage after which the model no longer computes what training saw.
+    """The later steps after which the model no longer computes what training saw.
 
     They are: a merge onto the original base, a merge or an export in 16 bits, and any pack.
     """
-    return tuple(step for step in manifest.lineage if _is_lossy(step))
+    return tuple(step for step in later_steps(manifest) if _is_lossy(step))
 
 
 def _is_lossy(step: Step) -> bool:

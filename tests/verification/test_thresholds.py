@@ -73,6 +73,12 @@ def test_lossy_steps_are_found_and_exact_ones_are_not():
     assert lossy_steps(manifest("merged", TRAIN, MERGE)) == ()
 
 
+@pytest.mark.parametrize("made", [TRAIN, ("save-adapter", {})])
+def test_what_happened_to_the_base_before_is_part_of_what_training_saw(made):
+    assert lossy_steps(manifest("run", TRAIN, MERGE_BF16, PACK, made)) == ()
+    assert len(lossy_steps(manifest("merged", TRAIN, PACK, made, MERGE_BF16))) == 1
+
+
 def test_limits_only_tighten():
     limits = Thresholds("x", relative=1e-4, top1=0.9)
     assert tightened(limits, {"relative": 1e-6, "top1": 1.0, "kl_mean": 0.1}).limits() == {
