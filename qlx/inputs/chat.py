@@ -4,6 +4,7 @@ The environment is the one transformers uses (immutable sandbox, `tojson`, `rais
 loop controls), so a template renders the same text in both.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ def render_chat(
         raise UnsafeInput(f"the chat template is {len(template)} characters long, refused")
     jinja2 = require("jinja2", "train")
     try:
-        compiled = _environment().from_string(template)
+        compiled = _compiled(template)
         variables = {"bos_token": "", "eos_token": "", **(specials or {})}
         pieces: list[str] = []
         length = 0
@@ -55,6 +56,11 @@ def render_chat(
     except jinja2.TemplateError as error:
         raise InputRefused(f"the chat template cannot render these messages ({error})") from error
     return "".join(pieces)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    return _environment().from_string(template)
 
 
 def _environment() -> Any:

@@ -5,9 +5,9 @@ function or class against the first line of its docstring. The order is that of 
 """
 
 import ast
+import functools
 import sysconfig
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from qlx.errors import InputRefused
@@ -24,54 +24,62 @@ _SIGNATURE_LENGTH = 160
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def python_sources() -> list[str]:
-    """The text of every module of the standard library that parses, in order of path.
+@functools.cache
+def python_sources() -> tuple[str, ...]:
+    """The text of every module of the standard library, in order of path.
 
     Raises:
         InputRefused: the standard library is not there as source files.
     """
-    return [text for text, _ in _modules()]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = tuple(text for path in _modules(root) if (text := _read(path)) is not None)
+    if not texts:
+        raise InputRefused(f"{root}: this Python's standard library is not there as source files; use your own data")
+    return texts
 
 
-def python_docstrings() -> list[tuple[str, str]]:
+@functools.cache
+def python_docstrings() -> tuple[tuple[str, str], ...]:
     """(instruction, summary) pairs without repetition, in order of first appearance.
 
     The instruction asks to document a signature; the summary is the docstring's first line.
     """
     pairs: dict[tuple[str, str], None] = {}
-    for _, tree in _modules():
-        for node in ast.walk(tree):
+    for text in python_sources():
+        for node in ast.walk(_parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 pair = _pair(node)
                 if pair is not None:
                     pairs[pair] = None
-    return list(pairs)
+    return tuple(pairs)
 
 
-def _modules() -> Iterator[tuple[str, ast.Module]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = 0
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        inner = path.relative_to(root)
-        if _LEFT_OUT.intersection(inner.parts[:-1]) or inner.name.startswith("_sysconfigdata"):
-            continue
-        parsed = _parse(path)
-        if parsed is not None:
-            found += 1
-            yield parsed
-    if not found:
-        raise InputRefused(f"{root}: this Python's standard library is not there as source files; use your own data")
+def _modules(root: Path) -> list[Path]:
+    inner = [path.relative_to(root) for path in root.rglob("*.py")]
+    kept = [
+        path
+        for path in inner
+        if not _LEFT_OUT.intersection(path.parts[:-1]) and not path.name.startswith("_sysconfigdata")
+    ]
+    return [root / path for path in sorted(kept, key=Path.as_posix)]
 
 
-def _parse(path: Path) -> tuple[str, ast.Module] | None:
-    """Text and syntax tree, or None for the few files that are no UTF-8 or no longer parse."""
+def _read(path: Path) -> str | None:
+    """The text of a file, or None for the few that are no UTF-8."""
     try:
-        text = path.read_text("utf-8")
+        return path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+
+
+def _parse(text: str) -> ast.Module:
+    """The syntax tree; an empty one for the few files that are written for another Python."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            return text, ast.parse(text)
-    except (SyntaxError, ValueError, OSError):
-        return None
+            return ast.parse(text)
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def _pair(node: Definition) -> tuple[str, str] | None:

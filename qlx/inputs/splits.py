@@ -188,8 +188,10 @@ def _encode(
             yield Encoded(ids, labels)
             continue
         pending += codec.parts(example)[1]
-        while len(pending) >= max_length:
-            block, pending = pending[:max_length], pending[max_length:]
+        whole = len(pending) - len(pending) % max_length
+        for start in range(0, whole, max_length):
+            block = pending[start : start + max_length]
             yield Encoded(block, list(block))
+        pending = pending[whole:]
     if len(pending) > 1:
         yield Encoded(pending, list(pending))

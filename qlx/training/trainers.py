@@ -136,7 +136,6 @@ def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
         "warmup_steps": section.warmup_ratio,
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
-        "gradient_checkpointing": section.gradient_checkpointing,
         "logging_strategy": "steps",
         "logging_steps": section.log_every,
         "logging_nan_inf_filter": False,
@@ -151,7 +150,15 @@ def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": [],
         "remove_unused_columns": False,
+        **_checkpointing(section),
     }
+
+
+def _checkpointing(section: TrainingSection) -> dict[str, bool]:
+    """The field that saves memory by computing activations twice; transformers 5 renames it on the way."""
+    fields = require("transformers", "train").TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    return {name: section.gradient_checkpointing}
 
 
 def image_trainer(model: Any, dataset: ImageDataset, section: TrainingSection, work: Path) -> Any:

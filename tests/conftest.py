@@ -1,0 +1,153 @@
+"""Session fixtures: tiny models trained through the real code, made once and shared between workers.
+
+Each fixture is the path of a finished run; tests read it and must not change it. The bases are
+pretrained; `digits_run` and `python_run` are QLoRA adapters on them (NF4, double quantization), the
+`_fp4` ones the same with FP4 and plain scales. Scaling is never 1, and deltas are trained.
+
+With QLX_TEST_CACHE=<directory> the runs are kept there between sessions, by recipe: handy while
+working on another part, wrong after training itself has changed.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DIGITS_BASE: dict[str, Any] = {
+    "name": "digits-base",
+    "task": "image-classification",
+    "base": {
+        "from_scratch": {
+            "model_type": "vit",
+            "hidden_size": 64,
+            "layers": 2,
+            "heads": 2,
+            "intermediate_size": 128,
+            "image_size": 16,
+            "patch_size": 4,
+        }
+    },
+    "data": {"source": "digits", "eval_fraction": 0.1},
+    "training": {"max_steps": 150, "batch_size": 32, "learning_rate": 2e-3, "warmup_ratio": 0.1},
+    "probe": {"count": 8},
+}
+
+DIGITS_RUN: dict[str, Any] = {
+    "name": "digits-qlora",
+    "task": "image-classification",
+    "base": {"path": "BASE"},
+    "data": {"source": "digits", "variant": "shifted", "eval_fraction": 0.1},
+    "adapter": {"rank": 4, "alpha": 6},
+    "quantization": {"quant_type": "nf4", "double_quant": True},
+    "training": {"max_steps": 60, "batch_size": 32, "learning_rate": 5e-3, "warmup_ratio": 0.1},
+    "probe": {"count": 8},
+}
+
+PYTHON_BASE: dict[str, Any] = {
+    "name": "python-base",
+    "task": "causal-lm",
+    "base": {
+        "from_scratch": {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "intermediate_size": 128,
+            "vocab_size": 512,
+            "max_length": 128,
+        }
+    },
+    "data": {"source": "python-text", "train_limit": 1280, "eval_limit": 16, "max_length": 64},
+    "training": {"max_steps": 80, "batch_size": 16, "learning_rate": 4e-3, "warmup_ratio": 0.1},
+    "probe": {"count": 6, "max_length": 24},
+}
+
+PYTHON_RUN: dict[str, Any] = {
+    "name": "python-qlora",
+    "task": "causal-lm",
+    "base": {"path": "BASE"},
+    "data": {"source": "python-docstrings", "train_limit": 960, "eval_limit": 48, "max_length": 64},
+    "adapter": {"rank": 4, "alpha": 6},
+    "quantization": {"quant_type": "nf4", "double_quant": True},
+    "training": {"max_steps": 60, "batch_size": 16, "learning_rate": 4e-3, "warmup_ratio": 0.1},
+    "probe": {"count": 6, "max_length": 24},
+}
+
+FP4 = {"quant_type": "fp4", "double_quant": False}
+
+
+def recipe_of(content: dict[str, Any], base: Path | None = None, **sections: Any) -> Any:
+    """A validated recipe from one of the dictionaries above, with sections replaced."""
+    from qlx.recipe import Recipe
+
+    merged = {**content, **sections}
+    if base is not None:
+        merged["base"] = {**merged["base"], "path": str(base)}
+    return Recipe.model_validate(merged)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], Path]:
+    """`trained(name, recipe)`: the run of a recipe, trained by the first worker that asks."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    shared = Path(os.environ.get("QLX_TEST_CACHE") or root / "trained")
+    shared.mkdir(parents=True, exist_ok=True)
+
+    def train_once(name: str, recipe: Any) -> Path:
+        from qlx.training import train
+
+        directory = shared / recipe.digest.removeprefix("sha256:")[:12]
+        directory.mkdir(exist_ok=True)
+        with _locked(directory / "lock"):
+            if not (directory / name).exists():
+                train(recipe, directory / name, force=True)
+        return directory / name
+
+    return train_once
+
+
+@pytest.fixture(scope="session")
+def digits_base(trained: Callable[[str, Any], Path]) -> Path:
+    return trained("digits-base", recipe_of(DIGITS_BASE))
+
+
+@pytest.fixture(scope="session")
+def digits_run(trained: Callable[[str, Any], Path], digits_base: Path) -> Path:
+    return trained("digits-qlora", recipe_of(DIGITS_RUN, digits_base))
+
+
+@pytest.fixture(scope="session")
+def digits_run_fp4(trained: Callable[[str, Any], Path], digits_base: Path) -> Path:
+    return trained("digits-fp4", recipe_of(DIGITS_RUN, digits_base, quantization=FP4))
+
+
+@pytest.fixture(scope="session")
+def python_base(trained: Callable[[str, Any], Path]) -> Path:
+    return trained("python-base", recipe_of(PYTHON_BASE))
+
+
+@pytest.fixture(scope="session")
+def python_run(trained: Callable[[str, Any], Path], python_base: Path) -> Path:
+    return trained("python-qlora", recipe_of(PYTHON_RUN, python_base))
+
+
+@pytest.fixture(scope="session")
+def python_run_fp4(trained: Callable[[str, Any], Path], python_base: Path) -> Path:
+    return trained("python-fp4", recipe_of(PYTHON_RUN, python_base, quantization=FP4))
