@@ -24,7 +24,7 @@ from qlx.cli.session import Session
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Data type of the merged weights (default: float32 after quantized training, else the base's).",
+    help="Data type of the merged weights (default: each tensor keeps the type it has in the base).",
 )
 def command(
     session: Session,
