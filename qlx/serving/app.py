@@ -61,7 +61,13 @@ def create_app(
         raise UsageError("serving needs at least one model, and no two of the same name")
     limits = limits or ServingLimits()
     service = Service(named, limits)
-    guard = Middleware(Guard, hosts=hosts, api_key=api_key, body_bytes=limits.body_bytes)
+    guard = Middleware(
+        Guard,
+        hosts=hosts,
+        api_key=api_key,
+        body_bytes=limits.body_bytes,
+        header_bytes=limits.header_bytes,
+    )
     return Starlette(
         routes=[
             Route("/", service.front_page),

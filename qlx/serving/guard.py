@@ -35,15 +35,22 @@ class Guard:
         hosts: host names that may be asked for (against DNS rebinding); None allows any.
         api_key: the key every path but `/healthz` needs, as `Authorization: Bearer`; None for no key.
         body_bytes: the largest body.
+        header_bytes: the largest sum of header names and values.
     """
 
     def __init__(
-        self, app: ASGIApp, *, hosts: Iterable[str] | None, api_key: str | None, body_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Iterable[str] | None,
+        api_key: str | None,
+        body_bytes: int,
+        header_bytes: int,
     ) -> None:
         self._app = app
         self._hosts = None if hosts is None else frozenset(hosts)
         self._key = None if api_key is None else api_key.encode()
-        self._body_bytes = body_bytes
+        self._body_bytes, self._header_bytes = body_bytes, header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it here."""
@@ -57,6 +64,8 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._header_bytes:
+            return error_response(431, f"the headers are larger than {self._header_bytes} bytes")
         if self._hosts is not None and _host(headers.get("host", "")) not in self._hosts:
             return error_response(421, "this server does not answer for that host name")
         if not self._allowed(scope, headers):
