@@ -36,12 +36,11 @@ OPTIONS = {"vit": {"modules_to_save": ("classifier",)}, "llama": {}}
 class Family:
     """A base and everything made from it; `copy` gives a directory of one kind to spoil."""
 
-    def __init__(self, root: Path, kind: str) -> None:
-        self.kind, self.root = kind, root
-        self.base = make_base(root / "base", kind)
+    def __init__(self, root: Path, kind: str, base: Path, adapter: Path) -> None:
+        self.kind, self.root, self.base = kind, root, base
         self.other_base = make_base(root / "other_base", kind, seed=9)
-        case = Case(kind, NF4, options=OPTIONS[kind])
-        self.adapter = make_adapter(self.base, root / "adapter", case)
+        shutil.copytree(adapter, root / "adapter")
+        self.adapter = open_checkpoint(root / "adapter")
         self.merged = merge(self.base, [self.adapter.path], root / "merged")
         merge(self.base, [self.adapter.path], root / "merged16", dtype="bfloat16")
         pack(self.merged.path, root / "packed", to="nf4", min_retention=0.5)
@@ -65,9 +64,20 @@ class Family:
         )
 
 
-@pytest.fixture(scope="module", params=["vit", "llama"])
+TRAINED = {"trained-vit": "digits", "trained-llama": "python"}
+
+
+@pytest.fixture(scope="module", params=["vit", "llama", *TRAINED])
 def family(request, tmp_path_factory):
-    return Family(tmp_path_factory.mktemp(request.param), request.param)
+    """Drawn adapters with a saved head, and really trained ones with their small deltas."""
+    root, kind = tmp_path_factory.mktemp(request.param), request.param.removeprefix("trained-")
+    if request.param in TRAINED:
+        name = TRAINED[request.param]
+        base, run = (request.getfixturevalue(f"{name}_{part}") for part in ("base", "run"))
+        return Family(root, kind, base, run)
+    base = make_base(root / "base", kind)
+    made = make_adapter(base, root / "made", Case(kind, NF4, options=OPTIONS[kind]))
+    return Family(root, kind, base, made.path)
 
 
 def spoil(path: Path, change) -> Path:
@@ -177,7 +187,8 @@ def _head(w):
 
 
 def _stale_head(family, w):
-    w[_head(w)] = family.stored[_head(w)] * (1.0 if family.kind == "vit" else 0.9)
+    saved = family.adapter.manifest.adapter.modules_to_save
+    w[_head(w)] = family.stored[_head(w)] * (1.0 if saved else 0.9)
 
 
 def _norm(family, w):
@@ -344,9 +355,13 @@ def test_the_wrong_base_is_a_mismatch(family):
             verify(family.root / kind, base=family.other_base)
 
 
-def test_a_base_that_is_not_here_is_asked_for(family):
+def test_a_base_that_is_not_here_is_asked_for(family, tmp_path):
+    path = family.copy("adapter", tmp_path)
+    manifest = read_manifest(path)[0]
+    elsewhere = manifest.base.model_copy(update={"name": "nowhere/to/be/found"})
+    seal(path, manifest.model_copy(update={"base": elsewhere}))
     with pytest.raises(InputRefused, match="--base"):
-        verify(family.root / "adapter")
+        verify(path)
 
 
 def test_a_probe_of_another_model_is_caught(family, tmp_path):
