@@ -23,6 +23,7 @@ from qlx.cli.session import Session
     help="Adapter directory (qlx or plain PEFT).",
 )
 @click.option("--prompt", metavar="TEXT", help="Text for a language model to continue.")
+@click.option("--chat", is_flag=True, help="Send --prompt as a message, by the chat template.")
 @click.option(
     "--input",
     "image",
@@ -30,7 +31,7 @@ from qlx.cli.session import Session
     help="Image file for a classifier.",
 )
 def command(
-    session: Session, base: str, adapter: Path, prompt: str | None, image: Path | None
+    session: Session, base: str, adapter: Path, prompt: str | None, chat: bool, image: Path | None
 ) -> int:
     """Try an adapter on its base.
 
@@ -39,6 +40,6 @@ def command(
     """
     from qlx.cli import render, trial
 
-    result = trial.try_adapter(adapter, base, prompt=prompt, image=image)
+    result = trial.try_adapter(adapter, base, prompt=prompt, chat=chat, image=image)
     session.emit(render.trial_data(result), render.print_trial)
     return 0 if result.passed else 1

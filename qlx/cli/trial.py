@@ -32,9 +32,17 @@ class Trial:
 
 
 def try_adapter(
-    directory: Path, base: str, *, prompt: str | None = None, image: Path | None = None
+    directory: Path,
+    base: str,
+    *,
+    prompt: str | None = None,
+    chat: bool = False,
+    image: Path | None = None,
 ) -> Trial:
-    """Load `directory` (qlx or plain PEFT) onto `base` and run it.
+    """Load `directory` (qlx or plain PEFT) onto `base`, replay its probe, and ask it.
+
+    A language model continues `prompt`, or with `chat` answers it as a message; an image model
+    labels `image`.
 
     Raises:
         Mismatch: the base is not the one that the adapter was trained on.
@@ -48,16 +56,20 @@ def try_adapter(
         source, probe = base_of(adapter, base), probe_of(adapter)
         outputs = replay(adapter, source, probe)
         comparisons, checks = verify_outputs(manifest, probe, outputs)
-        answer = ask(adapter, source, prompt, image)
+        answer = ask(adapter, source, prompt, chat, image)
     return Trial(
         Checkpoint(directory, manifest, adapter.digest), comparisons, tuple(checks), answer
     )
 
 
 def ask(
-    checkpoint: Checkpoint, base: Source | None, prompt: str | None, image: Path | None
+    checkpoint: Checkpoint,
+    base: Source | None,
+    prompt: str | None,
+    chat: bool,
+    image: Path | None,
 ) -> str | None:
-    """The likeliest continuation of a prompt, or the label of an image with its probability."""
+    """The likeliest answer to a prompt, or the label of an image with its probability."""
     if prompt is None and image is None:
         return None
     from qlx.runtime import SamplingOptions
@@ -66,7 +78,9 @@ def ask(
     engine = load_engine(checkpoint.path, base=base)
     if engine.text is not None:
         greedy = SamplingOptions(max_tokens=MAX_NEW_TOKENS, temperature=0.0)
-        return engine.text.generate(prompt or "", greedy).text
+        message = [{"role": "user", "content": prompt or ""}]
+        asked = engine.text.encode_chat(message) if chat else prompt or ""
+        return engine.text.generate(asked, greedy).text
     assert engine.images is not None
     (found,) = engine.images.classify([open_image(image)])
     return f"{found.label} ({found.probability:.1%})"
