@@ -180,7 +180,7 @@ def test_an_image_bomb_is_refused(client):
     data = stream.getvalue()
     answer = client.post("/v1/classify?model=looker", content=data[:40000])
     assert answer.status_code == 400
-    assert "image" in answer.json()["error"]["message"]
+    assert "pixels" in answer.json()["error"]["message"]
 
 
 def test_the_page_has_a_form_and_loads_nothing(client):

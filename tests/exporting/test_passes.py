@@ -1,0 +1,164 @@
+"""Each graph pass on a graph small enough to check by eye."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from qlx.exporting import SeparateLora, passes, write_graph
+from qlx.exporting import graph as graph_module
+from qlx.exporting.graph import build_graph
+from tests.onnx_support import inputs_for, tiny_vit
+
+
+def small(rows=3, columns=4, *, shared=False):
+    """Y = x · Wᵀ + b, traced by hand: a Transpose, a MatMul and an Add."""
+    random = np.random.default_rng(1)
+    weight = ir.tensor(
+        random.standard_normal((rows, columns)).astype(np.float32), name="layer.weight"
+    )
+    bias = ir.tensor(random.standard_normal(rows).astype(np.float32), name="layer.bias")
+    values = [
+        ir.Value(name=t.name, shape=t.shape, type=ir.TensorType(t.dtype), const_value=t)
+        for t in (weight, bias)
+    ]
+    x = ir.Value(
+        name="pixel_values", shape=ir.Shape(["s0", columns]), type=ir.TensorType(ir.DataType.FLOAT)
+    )
+    turn = ir.node("Transpose", [values[0]], {"perm": [1, 0]})
+    product = ir.node("MatMul", [x, turn.outputs[0]])
+    total = ir.node("Add", [product.outputs[0], values[1]])
+    nodes, outputs = [turn, product, total], [total.outputs[0]]
+    if shared:
+        nodes.append(ir.node("Identity", [values[0]]))
+        nodes[-1].outputs[0].name = "weight_again"
+        outputs.append(nodes[-1].outputs[0])
+    total.outputs[0].name = "logits"
+    for value in outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [x], outputs, nodes=nodes, initializers=values, opset_imports={"": 20}, name="g"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def run(model, x):
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    return session.run(["logits"], {"pixel_values": x})[0]
+
+
+X = np.random.default_rng(2).standard_normal((2, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [3, 3000])
+def test_weights_are_stored_transposed_whatever_their_size(rows):
+    model = small(rows)
+    before = run(model, X)
+    passes.transpose_weights(model)
+    np.testing.assert_array_equal(run(model, X), before)
+    assert sorted(model.graph.initializers) == ["layer.bias", "layer.weight.T"]
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add"]
+
+
+def test_a_weight_used_elsewhere_too_is_left_alone():
+    model = small(shared=True)
+    passes.transpose_weights(model)
+    assert sorted(model.graph.initializers) == ["layer.bias", "layer.weight"]
+
+
+def test_float16_is_for_large_weights_and_keeps_the_arithmetic():
+    model = small(3000)
+    before = run(model, X)
+    passes.transpose_weights(model)
+    passes.store_as_float16(model)
+    after = run(model, X)
+    assert after.dtype == np.float32
+    assert 0 < np.abs(after - before).max() < 1e-2
+    kinds = {name: value.const_value.dtype for name, value in model.graph.initializers.items()}
+    assert kinds == {"layer.weight.T": ir.DataType.FLOAT16, "layer.bias": ir.DataType.FLOAT16}
+    little = small(3)
+    passes.store_as_float16(little)
+    assert {value.const_value.dtype for value in little.graph.initializers.values()} == {
+        ir.DataType.FLOAT
+    }
+
+
+def test_renaming_keeps_the_function():
+    model = small()
+    before = run(model, X)
+    passes.rename_initializers(model, {"layer.weight": "better", "absent": "ignored"})
+    np.testing.assert_array_equal(run(model, X), before)
+    assert sorted(model.graph.initializers) == ["better", "layer.bias"]
+
+
+def test_metadata_goes_and_the_function_stays():
+    model = small()
+    before = run(model, X)
+    for holder in (model, model.graph, *model.graph):
+        holder.metadata_props["trace"] = "/home/somebody/secret.py"
+    model.graph[0].doc_string = model.doc_string = "/home/somebody"
+    passes.strip_metadata(model)
+    assert b"somebody" not in ir.to_proto(model).SerializeToString()
+    np.testing.assert_array_equal(run(model, X), before)
+
+
+def test_contrib_operators_are_imported_if_and_only_if_used():
+    model = small()
+    model.opset_imports["com.microsoft"] = 1
+    passes.import_contrib_operators(model)
+    assert "com.microsoft" not in model.opset_imports
+    model.graph[0].domain = "com.microsoft"
+    passes.import_contrib_operators(model)
+    assert model.opset_imports["com.microsoft"] == 1
+
+
+def test_free_axes_have_names():
+    model = small()
+    passes.name_interface(model)
+    assert str(model.graph.inputs[0].shape) == "[batch,4]"
+
+
+class Pair(nn.Module):
+    """Two identical branches: an optimiser would fold their equal weights into one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (
+            SeparateLora(nn.Linear(64, 64), torch.randn(64, 4), torch.zeros(4, 64))
+            for _ in range(2)
+        )
+
+
+def test_equal_weights_stay_apart_under_their_names():
+    """An adapter that did nothing in two layers must still be there twice, to be replaced."""
+    model = tiny_vit()
+    pair = Pair()
+    pair.second.load_state_dict(pair.first.state_dict())
+    for index, lora in enumerate((pair.first, pair.second)):
+        attention = model.vit.layers[index].attention
+        lora.base = attention.q_proj
+        attention.q_proj = lora
+    built = build_graph(model.eval(), "image-classification")
+    names = [f"vit.layers.{i}.attention.q_proj.lora_{m}" for i in (0, 1) for m in "AB"]
+    assert set(names) <= set(built.graph.initializers)
+
+
+def test_a_large_classifier_keeps_its_weights_outside(monkeypatch, tmp_path):
+    model = tiny_vit()
+    pixels = inputs_for("image-classification")
+    graph = build_graph(model, "image-classification")
+    (tmp_path / "inside").mkdir()
+    write_graph(graph, tmp_path / "inside", "image-classification")
+    assert [path.name for path in (tmp_path / "inside").iterdir()] == ["model.onnx"]
+    monkeypatch.setattr(graph_module, "INLINE_LIMIT", 1000)
+    (tmp_path / "outside").mkdir()
+    write_graph(graph, tmp_path / "outside", "image-classification")
+    assert (tmp_path / "outside" / "model.onnx.data").stat().st_size > 100_000
+    first, second = (
+        ort.InferenceSession(tmp_path / place / "model.onnx").run(["logits"], pixels)[0]
+        for place in ("inside", "outside")
+    )
+    np.testing.assert_array_equal(first, second)
