@@ -27,6 +27,7 @@ __all__ = [
     "base_value",
     "check_effect",
     "erased_share",
+    "inner_product",
     "merged_value",
     "require_codes",
 ]
@@ -100,14 +101,17 @@ def merged_value(plan: MergePlan, change: Change) -> tuple[Tensor, Rounding | No
 
 
 def _rounding(name: str, before: Tensor, after: Tensor, written: Tensor) -> Rounding:
-    delta = (after - before).double().reshape(-1)
-    energy = float(delta.dot(delta))
+    delta = after - before
+    energy = inner_product(delta, delta)
     kept = (
-        energy
-        if written.dtype == torch.float32
-        else float(delta.dot((written.float() - before).double().reshape(-1)))
+        energy if written.dtype == torch.float32 else inner_product(written.float() - before, delta)
     )
     return Rounding(name, energy, kept, not torch.equal(written, before.to(written.dtype)))
+
+
+def inner_product(left: Tensor, right: Tensor) -> float:
+    """⟨left, right⟩ of two fp32 tensors of one shape, summed in float64."""
+    return float((left * right).sum(dtype=torch.float64))
 
 
 def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> float:

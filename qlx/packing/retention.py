@@ -7,8 +7,11 @@ there had never been an adapter, and unbiased by rounding noise that is unrelate
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf, sqrt
 
 from torch import Tensor
+
+from qlx.merging.values import inner_product
 
 __all__ = ["LayerRetention", "layer_retention", "overall"]
 
@@ -30,12 +33,11 @@ class LayerRetention:
 
 def layer_retention(name: str, base: Tensor, merged: Tensor, packed: Tensor) -> LayerRetention:
     """Measure one layer; all three are the weight's values, same shape, any float dtype."""
-    delta = (merged.float() - base.float()).double().reshape(-1)
-    moved = (packed.float() - base.float()).double().reshape(-1)
-    error = (packed.float() - merged.float()).double().norm()
-    energy = float(delta.dot(delta))
-    share = float(delta.norm() / error) if error else float("inf")
-    return LayerRetention(name, energy, float(moved.dot(delta)), share)
+    delta, moved = merged.float() - base.float(), packed.float() - base.float()
+    error = moved - delta
+    energy, lost = inner_product(delta, delta), inner_product(error, error)
+    share = sqrt(energy / lost) if lost else inf
+    return LayerRetention(name, energy, inner_product(moved, delta), share)
 
 
 def overall(layers: Iterable[LayerRetention]) -> float | None:
