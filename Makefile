@@ -31,6 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "$$found can make no virtual environment (neither venv with ensurepip nor virtualenv works); install one of them, or name another: make setup PYTHON=…" >&2; exit 1; \
 	  fi; \
 	fi
+	@echo "installing qlx and the versions of constraints.txt into $(VENV) (a minute or two, about 2 GB)" >&2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[all,dev]'
 	@touch $(STAMP)
 
