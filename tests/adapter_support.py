@@ -120,11 +120,15 @@ def _gpt2(tied: bool) -> Any:
 _BUILD = {"vit": _vit, "llama": _llama, "qwen3": _qwen3, "gpt2": _gpt2}
 
 
-def inputs_for(kind: str, count: int = 12) -> dict[str, np.ndarray]:
+def inputs_for(kind: str, count: int = 12, image_size: int = 8) -> dict[str, np.ndarray]:
     """Model inputs; texts are padded on the right."""
     random = np.random.default_rng(7)
     if kind == "vit":
-        return {"pixel_values": random.standard_normal((count, 3, 8, 8)).astype(np.float32)}
+        return {
+            "pixel_values": random.standard_normal((count, 3, image_size, image_size)).astype(
+                np.float32
+            )
+        }
     ids = random.integers(1, VOCABULARY, (count, 10))
     mask = np.ones_like(ids)
     mask[::2, 7:] = 0
@@ -142,7 +146,8 @@ class Case:
     kind: str = "llama"
     quant: QuantSpec = NONE
     size: float = 1.0
-    stored: str | None = None
+    image_size: int = 8
+    stored: str = "float32"
     seed: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     peft: dict[str, Any] | None = None
@@ -152,10 +157,9 @@ def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
     """An adapter checkpoint on `base` with a probe of the unmerged model, as training writes it."""
     task = TASKS[case.kind]
     quant = case.quant if case.quant.quantized else None
-    model = load_base(base, task, quant=quant, dtype=torch_float(case.stored or "float32"))
+    model = load_base(base, task, quant=quant, dtype=torch_float(case.stored))
     spec = with_quantized_names(model, case.quant, base) if quant is not None else NONE
-    if case.stored is not None:
-        spec = spec.model_copy(update={"extras": {STORED_DTYPE: case.stored}})
+    spec = spec.model_copy(update={"extras": {STORED_DTYPE: case.stored}})
     adapted = _attach(model, case, task)
     draw(adapted, case.size, case.seed)
     record = adapter_spec(adapted, tensor_names(adapted, base))
@@ -163,7 +167,8 @@ def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
     with new_checkpoint(target) as staging:
         save_adapter(adapted, staging)
         (staging / "config.json").write_bytes((base / "config.json").read_bytes())
-        probe = make_probe(adapted.eval(), task, inputs_for(case.kind), None, True)
+        inputs = inputs_for(case.kind, image_size=case.image_size)
+        probe = make_probe(adapted.eval(), task, inputs, None, True)
         write_probe(staging / "probe.safetensors", probe)
         manifest = Manifest(
             kind="adapter",

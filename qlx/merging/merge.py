@@ -29,6 +29,7 @@ from qlx.merging.companions import (
 from qlx.merging.plan import Change, MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.stream import copy_file, load_tensor, overwrite, pieces, write_shards
 from qlx.merging.values import MAX_ERASED, Rounding, check_effect, merged_value, require_codes
+from qlx.models import STORED_DTYPE
 from qlx.verification import base_of, needs_base, prove, replay
 from qlx.weights import INDEX_FILE, open_weights, torch_dtype
 
@@ -105,7 +106,7 @@ def adapter_checkpoint(path: Path, base: str | Path | None) -> Iterator[tuple[Ch
             raise InputRefused(
                 f"{path}: a checkpoint of kind {checkpoint.manifest.kind!r} holds no adapter to merge"
             )
-        yield checkpoint, any(step.command == "train" for step in checkpoint.manifest.lineage)
+        yield checkpoint, _records_base_values(checkpoint.manifest)
         return
     if base is None:
         raise UsageError(
@@ -114,7 +115,14 @@ def adapter_checkpoint(path: Path, base: str | Path | None) -> Iterator[tuple[Ch
     from qlx.training import save_adapter
 
     with tempfile.TemporaryDirectory(prefix="qlx-import-") as scratch:
-        yield save_adapter(path, Path(scratch) / "adapter", str(base)), False
+        yield save_adapter(path, Path(scratch) / "adapter", base=str(base)), False
+
+
+def _records_base_values(manifest: Manifest) -> bool:
+    """Whether training left a note of how it loaded the base; an imported adapter has none."""
+    spec = manifest.quantization
+    imported = any(step.options.get("imported") for step in manifest.lineage)
+    return not imported and (spec.quantized or STORED_DTYPE in spec.extras)
 
 
 def plan_of(

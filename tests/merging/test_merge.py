@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from qlx.adapters import merged_weight
 from qlx.checkpoint import QuantSpec, open_checkpoint, read_probe
 from qlx.errors import CheckFailed, Mismatch, Unsupported, UsageError
 from qlx.merging import merge
@@ -322,6 +323,27 @@ def test_the_erased_share_is_measured_and_its_limit_can_be_set(tmp_path, bases):
     assert 0 < share < 0.5
     with pytest.raises(CheckFailed, match="--dtype float32"):
         merge(base, [adapter.path], tmp_path / "other", max_erased=share / 2)
+
+
+WRONG_FORMULAS = {
+    "sign": lambda base, delta: base - (merged_weight(base, delta) - base),
+    "scaling": lambda base, delta: base + 2 * (merged_weight(base, delta) - base),
+    "a-little": lambda base, delta: base + 1.001 * (merged_weight(base, delta) - base),
+    "reversed": lambda base, delta: base + (merged_weight(base, delta) - base).flip(0),
+    "one-layer": lambda base, delta: (
+        base + 1e-3 if delta.module.endswith("1.self_attn.q_proj") else merged_weight(base, delta)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_FORMULAS)
+def test_a_wrong_merge_finds_itself_out_before_it_appears(tmp_path, bases, monkeypatch, wrong):
+    base = bases("llama")
+    adapter = make_adapter(base, tmp_path / "adapter", Case(quant=NF4))
+    monkeypatch.setattr("qlx.merging.values.merged_weight", WRONG_FORMULAS[wrong])
+    with pytest.raises(CheckFailed, match="reference: relative"):
+        merge(base, [adapter.path], tmp_path / "merged")
+    assert leaves_nothing(tmp_path)
 
 
 def test_the_wrong_base_is_refused(tmp_path, bases):
