@@ -1,6 +1,6 @@
 """Torch models: known architectures, loading (plain, quantized, with adapter), tensor names, outputs, probes."""
 
-from qlx.models.architectures import CONFIG_FILE, KNOWN, Labels, auto_class, build_config, build_model, read_config
+from qlx.models.architectures import CONFIG_FILE, KNOWN, Labels, auto_class, build_config, build_model, read_config, stores_transposed
 from qlx.models.loading import (
     STORED_DTYPE,
     computing_in,
@@ -35,6 +35,7 @@ __all__ = [
     "probe_texts",
     "quantized_fingerprint",
     "read_config",
+    "stores_transposed",
     "synthetic_inputs",
     "tensor_names",
     "torch_float",

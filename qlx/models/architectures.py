@@ -16,16 +16,17 @@ from qlx.recipe import ArchitectureSection
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CONFIG_FILE", "KNOWN", "Labels", "auto_class", "build_config", "build_model", "read_config"]
+__all__ = ["CONFIG_FILE", "KNOWN", "Labels", "auto_class", "build_config", "build_model", "read_config", "stores_transposed"]
 
 CONFIG_FILE = "config.json"
 
 KNOWN: Mapping[Task, tuple[str, ...]] = {
     "image-classification": ("vit", "deit", "dinov2"),
-    "causal-lm": ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2"),
+    "causal-lm": ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "mixtral", "qwen3_moe"),
 }
 """Model types that are loaded, by task."""
 
+_TRANSPOSED: Mapping[str, tuple[str, ...]] = {"gpt2": ("c_attn", "q_attn", "c_proj", "c_fc")}
 _HARMLESS = frozenset(("_name_or_path", "_commit_hash", "_attn_implementation_autoset"))
 _NAMES_CODE = frozenset(("auto_map", "attn_implementation", "trust_remote_code", "custom_pipelines", "custom_generate"))
 
@@ -78,6 +79,11 @@ def _refuse_code(value: Any, path: Path) -> None:
         if key in _NAMES_CODE or (key.startswith("_") and key not in _HARMLESS):
             raise UnsafeInput(f"{path}: field {key!r} can name code to run; qlx loads known architectures only, remove it")
         _refuse_code(inner, path)
+
+
+def stores_transposed(model_type: str, module: str) -> bool:
+    """Whether a linear module's weight is stored as [in, out] (transformers' `Conv1D`)."""
+    return module.rpartition(".")[2] in _TRANSPOSED.get(model_type, ())
 
 
 def auto_class(task: Task) -> Any:

@@ -1,6 +1,7 @@
 """Loading models into torch: a base, plain or quantized and guarded; any checkpoint that torch can run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _hf_quantization(quant: QuantSpec | None) -> Any:
 
 
 def _from_pretrained(path: Path, task: Task, config: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _no_progress_bar():
         torch.manual_seed(0)
         model, info = auto_class(task).from_pretrained(
             path,
@@ -116,6 +117,19 @@ def _from_pretrained(path: Path, task: Task, config: Any, dtype: torch.dtype, op
             **options,
         )
     return model, info
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for each loading; commands report in lines."""
+    logging = require("transformers.utils.logging", "train")
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _check_loaded(path: Path, info: Any, *, head_may_differ: bool) -> None:

@@ -1,5 +1,8 @@
 """Training: from a recipe to a run, adapters from runs or plain PEFT directories, and the run's report."""
 
+from qlx.training.adapter import save_adapter
+from qlx.training.checks import DryRun, check
 from qlx.training.run import train
+from qlx.training.trainable import ParameterRow, ParameterTable, parameter_table
 
-__all__ = ["train"]
+__all__ = ["DryRun", "ParameterRow", "ParameterTable", "check", "parameter_table", "save_adapter", "train"]

@@ -21,15 +21,16 @@ from qlx.models import (
     torch_float,
     with_quantized_names,
 )
+from qlx.quant import SCALE_DTYPE
 from qlx.recipe import QuantizationSection, Recipe
-from qlx.training.material import ImageMaterial, Material, TextMaterial, load_material
+from qlx.training.material import GENERATION_FILE, ImageMaterial, Material, TextMaterial, load_material
 from qlx.training.progress import Reporter
 from qlx.training.trainable import require_only_adapter
 
-__all__ = ["Job", "prepare", "quant_spec"]
+__all__ = ["Job", "new_head", "prepare", "quant_spec"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """Everything a training needs and what its manifest will say.
 
@@ -45,6 +46,10 @@ class Job:
     names: dict[str, str]
     config: bytes
 
+    def release(self) -> None:
+        """Let go of the model, so that its memory can be used to read back what was written."""
+        self.model = nn.Identity()
+
     @property
     def belongs_to(self) -> str:
         """Identity of the training: the recipe and the weights it starts from."""
@@ -57,17 +62,22 @@ def quant_spec(section: QuantizationSection | None, stored_dtype: str) -> QuantS
         return QuantSpec(extras={STORED_DTYPE: stored_dtype})
     return QuantSpec(
         method="qlora",
-        weight_bits=4,
+        weight_bits=section.weight_bits,
+        activation_bits=section.activation_bits,
         scheme=section.quant_type,
-        group_size=section.block_size,
-        symmetric=True,
+        group_size=section.values_per_scale,
+        symmetric=section.symmetric,
         double_quant=section.double_quant,
         compute_dtype=section.compute_dtype,
         skip_modules=section.skip_modules,
         mode=section.mode,
-        backend="bitsandbytes",
-        extras={STORED_DTYPE: stored_dtype},
+        backend=section.backend,
+        extras={STORED_DTYPE: stored_dtype} | _scales(section),
     )
+
+
+def _scales(section: QuantizationSection) -> dict[str, str]:
+    return {} if section.scale_dtype == "float32" else {SCALE_DTYPE: section.scale_dtype}
 
 
 def prepare(recipe: Recipe, work: Path, report: Reporter) -> Job:
@@ -94,20 +104,23 @@ def _from_scratch(recipe: Recipe, material: Material) -> Job:
         codec = material.codec
         special = {"pad_token_id": codec.pad_id, "eos_token_id": codec.end_id, "vocab_size": codec.tokenizer.get_vocab_size()}
         config = build_config(section, special=special)
-    model = build_model(recipe.task, config, seed=recipe.training.seed)
+    model: Any = build_model(recipe.task, config, seed=recipe.training.seed)
+    if isinstance(material, TextMaterial):
+        material.files[GENERATION_FILE] = canonical_json(_generation(model.generation_config))
     return Job(recipe, model, material, None, quant_spec(None, "float32"), tensor_names(model), _config_bytes(model))
 
 
 def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
-    new_head = _new_head(recipe, material, source.path)
+    labels = material.labels if isinstance(material, ImageMaterial) else None
+    head = None if labels is None else new_head(recipe, labels, source.path)
     quantization = quant_spec(recipe.quantization, recipe.base.dtype)
     model = load_base(
-        source.path, recipe.task, dtype=torch_float(recipe.base.dtype), quant=quantization, new_head=new_head
+        source.path, recipe.task, dtype=torch_float(recipe.base.dtype), quant=quantization, new_head=head
     )
     if quantization.quantized:
         quantization = with_quantized_names(model, quantization, source.path)
     names = tensor_names(model, source.path)
-    config = (source.path / CONFIG_FILE).read_bytes() if new_head is None and recipe.adapter else _config_bytes(model)
+    config = (source.path / CONFIG_FILE).read_bytes() if head is None and recipe.adapter else _config_bytes(model)
     if recipe.adapter is not None:
         model = _adapted(model, recipe)
         require_only_adapter(model, recipe.adapter)
@@ -124,21 +137,28 @@ def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     return adapted
 
 
-def _new_head(recipe: Recipe, material: Material, base: Path) -> Labels | None:
-    """The data's classes where they are not the base's; then the head is trained, too, or it is refused."""
-    if isinstance(material, TextMaterial):
-        return None
+def _generation(config: Any) -> dict[str, Any]:
+    """The fields of a generation configuration that are set."""
+    return {key: value for key, value in config.to_diff_dict().items() if value is not None and not key.startswith("_")}
+
+
+def new_head(recipe: Recipe, labels: Labels, base: Path) -> Labels | None:
+    """The data's classes where they are not the base's own; then a new head has to be trained.
+
+    Raises:
+        Unsupported: the classes differ, and the adapter does not train the classifier.
+    """
     config = read_config(base, recipe.task)
     known = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = tuple(str(known[key]) for key in sorted(known, key=int))
-    if names == material.labels.names:
+    if names == labels.names:
         return None
     if recipe.adapter is not None and "classifier" not in recipe.adapter.modules_to_save:
         raise Unsupported(
-            f"the base tells {len(names)} other classes apart than the data's {len(material.labels.names)}; "
+            f"the base tells {len(names)} other classes apart than the data's {len(labels.names)}; "
             "add adapter.modules_to_save: [classifier], so that a new head is trained"
         )
-    return material.labels
+    return labels
 
 
 def _config_bytes(model: Any) -> bytes:

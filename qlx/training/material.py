@@ -26,7 +26,9 @@ from qlx.inputs import (
 from qlx.models import Labels, probe_texts
 from qlx.recipe import Recipe
 
-__all__ = ["ImageMaterial", "Material", "TextMaterial", "load_material"]
+GENERATION_FILE = "generation_config.json"
+
+__all__ = ["GENERATION_FILE", "ImageMaterial", "Material", "TextMaterial", "load_material"]
 
 _EVAL_ROWS = 32
 
@@ -139,7 +141,8 @@ def _preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
 
 def _tokenizer_files(recipe: Recipe, base: Path | None, train: TextSplit) -> dict[str, bytes]:
     if base is not None:
-        files = {name: (base / name).read_bytes() for name in TOKENIZER_FILES if (base / name).is_file()}
+        wanted = (*TOKENIZER_FILES, GENERATION_FILE)
+        files = {name: (base / name).read_bytes() for name in wanted if (base / name).is_file()}
         if any(example.messages for example in train.examples[:1]):
             files.setdefault(TEMPLATE_FILE, TextCodec.from_directory(base).template.encode())
         return files

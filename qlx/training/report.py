@@ -1,26 +1,147 @@
 """The run's report: a loss curve as a picture, and one HTML page that needs nothing else."""
 
+import base64
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from qlx.checkpoint import Manifest, Probe
+from qlx.checkpoint import Manifest
+from qlx.errors import require
+from qlx.training.trainable import ParameterTable
 
-__all__ = ["RunSummary", "write_report"]
+__all__ = ["CURVE_FILE", "REPORT_FILE", "RunSummary", "Sample", "write_report"]
+
+CURVE_FILE = "loss.png"
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out input and the answers to it; `picture` are the bytes of a PNG, `text` a prompt."""
+
+    expected: str
+    before: str
+    after: str
+    text: str = ""
+    picture: bytes = b""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the report shows."""
+    """What the report shows; `metrics` are the rows of `metrics.jsonl`."""
 
     manifest: Manifest
-    metrics: list[dict[str, float]]
-
-    @classmethod
-    def of(cls, job: Any, manifest: Manifest, outcome: Any, metrics: list[dict[str, float]], probe: Probe) -> "RunSummary":
-        """Gather it from a finished training."""
-        return cls(manifest, metrics)
+    metrics: Sequence[dict[str, float]]
+    table: ParameterTable
+    before: dict[str, float]
+    after: dict[str, float]
+    samples: Sequence[Sample]
 
 
 def write_report(directory: Path, summary: RunSummary) -> None:
-    """Write `loss.png` and `report.html` into `directory`."""
+    """Write `loss.png` and `report.html` into `directory`; the same summary gives the same bytes."""
+    curve = _curve(summary.metrics)
+    (directory / CURVE_FILE).write_bytes(curve)
+    (directory / REPORT_FILE).write_text(_page(summary, curve), "utf-8")
+
+
+def _curve(metrics: Sequence[dict[str, float]]) -> bytes:
+    """Training loss and learning rate over steps, as a PNG without a date in it."""
+    require("matplotlib", "train").use("Agg")
+    figure = require("matplotlib.figure", "train").Figure(figsize=(8, 3.6), layout="constrained")
+    left = figure.subplots()
+    steps = [row["step"] for row in metrics]
+    left.plot(steps, [row["loss"] for row in metrics], color="#1f5fa8", linewidth=1.6)
+    left.set_xlabel("step")
+    left.set_ylabel("training loss", color="#1f5fa8")
+    left.grid(alpha=0.25)
+    right = left.twinx()
+    right.plot(steps, [row["lr"] for row in metrics], color="#bbbbbb", linewidth=1.0, linestyle="--")
+    right.set_ylabel("learning rate", color="#888888")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}img.curve{max-width:100%}
+img.sample{width:72px;height:72px;image-rendering:pixelated}code{background:#f4f4f4;padding:0 .2rem}
+.bad{color:#a33}.good{color:#27713a}
+"""
+
+
+def _page(summary: RunSummary, curve: bytes) -> str:
+    manifest = summary.manifest
+    sections = [
+        f"<h1>{escape(manifest.tag)}</h1>",
+        _facts(manifest),
+        "<h2>Held-out examples</h2>",
+        _scores(summary.before, summary.after),
+        "<h2>Training loss</h2>",
+        f'<img class="curve" alt="training loss over steps" src="{_png(curve)}">',
+        "<h2>Trained parameters</h2>",
+        _parameters(summary.table),
+    ]
+    if summary.samples:
+        sections += ["<h2>Samples</h2>", _samples(summary.samples)]
+    body = "\n".join(sections)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(manifest.tag)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _png(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; cells are HTML already."""
+    header = "".join(f"<th>{escape(title)}</th>" for title in head)
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{header}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _facts(manifest: Manifest) -> str:
+    quantization, adapter = manifest.quantization, manifest.adapter
+    rows: list[tuple[str, Any]] = [("task", manifest.task)]
+    if manifest.base is not None:
+        rows += [("base", manifest.base.name), ("base fingerprint", manifest.base.fingerprint)]
+    if quantization.quantized:
+        double = ", double quantization" if quantization.double_quant else ""
+        rows.append(("quantization", f"{quantization.scheme}{double}, {len(quantization.modules)} layers"))
+    if adapter is not None and adapter.type == "lora":
+        rows.append(("adapter", f"rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)}"))
+    step = manifest.lineage[-1]
+    rows += [("steps", step.options["steps"]), ("seed", step.seed), ("recipe", step.recipe_digest)]
+    return _table(("", ""), ((escape(name), f"<code>{escape(str(value))}</code>") for name, value in rows))
+
+
+def _scores(before: dict[str, float], after: dict[str, float]) -> str:
+    rows = ((escape(name), f"{before[name]:.4f}", f"{after[name]:.4f}") for name in after)
+    return _table(("", "before", "after"), rows)
+
+
+def _parameters(table: ParameterTable) -> str:
+    rows = [(escape(row.group), f"{row.tensors}", f"{row.parameters:,}") for row in table.rows]
+    rows.append((f"trained of all {table.total:,}", "", f"{table.trained:,} ({table.share:.2%})"))
+    return _table(("group", "tensors", "parameters"), rows)
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    return _table(("input", "expected", "before", "after"), (_sample(sample) for sample in samples))
+
+
+def _sample(sample: Sample) -> tuple[str, str, str, str]:
+    shown = f'<img class="sample" alt="" src="{_png(sample.picture)}">' if sample.picture else escape(sample.text)
+    marks = ("good" if answer == sample.expected else "bad" for answer in (sample.before, sample.after))
+    before, after = (
+        f'<span class="{mark}">{escape(answer)}</span>'
+        for mark, answer in zip(marks, (sample.before, sample.after), strict=True)
+    )
+    return shown, escape(sample.expected), before, after

@@ -1,57 +1,55 @@
 """`qlx train`: from a recipe to a run directory, with evaluation before and after, a probe and a report."""
 
+import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from qlx.adapters import adapter_spec, save_adapter
 from qlx.checkpoint import (
+    PROBE_FILE,
     AdapterSpec,
     Checkpoint,
     Manifest,
     Probe,
     ProbeRecord,
+    ProbeResult,
     canonical_json,
     is_checkpoint,
+    load_json,
     new_checkpoint,
     next_step,
     open_checkpoint,
     seal,
     write_probe,
 )
-from qlx.errors import QlxError, UsageError, require
+from qlx.errors import CheckFailed, QlxError, UsageError, require
 from qlx.inputs import Score
-from qlx.models import CONFIG_FILE, forward_logits, make_probe
+from qlx.models import CONFIG_FILE, forward_logits, load_model, make_probe
 from qlx.recipe import Recipe
 from qlx.training.job import Job, prepare
-from qlx.training.material import ImageMaterial
+from qlx.training.material import ImageMaterial, Material
 from qlx.training.progress import METRICS_FILE, Reporter, metrics_callback, progress_callback, read_metrics
-from qlx.training.report import RunSummary, write_report
+from qlx.training.report import RunSummary, Sample, write_report
+from qlx.training.samples import image_samples, text_samples
 from qlx.training.state import TRAINER_STATE_FILE, open_state, save_optimizer
 from qlx.training.tags import tag_of
-from qlx.training.trainable import ParameterTable, parameter_table
+from qlx.training.trainable import parameter_table
 from qlx.training.trainers import ImageDataset, image_trainer, text_trainer
-from qlx.weights import write_tensors
+from qlx.weights import SINGLE_FILE, write_tensors
 
-__all__ = ["train"]
+__all__ = ["RECIPE_FILE", "train"]
+
+RECIPE_FILE = "recipe.yaml"
+REFERENCE = "the model as trained, unmerged, in fp32"
 
 _STATE = "state"
-_RECIPE_FILE = "recipe.yaml"
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What came out of the loop, and the scores around it."""
-
-    trainer: Any
-    table: ParameterTable
-    before: dict[str, float]
-    after: dict[str, float]
+_REPLAY_LIMIT = 1e-5
+"""Largest relative distance between the model in memory and the same model read back, in fp32."""
 
 
 def train(
@@ -79,19 +77,23 @@ def train(
         InputRefused: the base or the data cannot be used.
         CheckFailed: the loss is no number, or what was written does not replay.
     """
-    require("transformers", "train")
+    for module in ("transformers", "peft" if recipe.adapter else "torch", "bitsandbytes" if recipe.quantization else "torch"):
+        require(module, "train")
     output = Path(output)
     if output.exists() and not force:
         raise UsageError(f"{output}: exists already; choose another --output, or replace it with --force")
     with _work(output, resume=resume, force=force) as work:
         job = prepare(recipe, work, report)
-        outcome = _train(job, work, report)
-        return _write_run(job, outcome, work, output, force, report)
+        before, trainer = _train(job, work, report)
+        with new_checkpoint(output, force=force) as staging:
+            _write_run(job, trainer, before, work, staging, report)
+    report(f"wrote {output}")
+    return open_checkpoint(output)
 
 
 @contextmanager
 def _work(output: Path, *, resume: bool, force: bool) -> Iterator[Path]:
-    """`<output>.partial`: kept when interrupted, removed on success and on an error of ours."""
+    """`<output>.partial`: removed on success, and on an error of ours that left no state to go on from."""
     work = output.with_name(output.name + ".partial")
     if resume and not work.is_dir():
         raise UsageError(f"{work}: there is no interrupted training to resume; start it without --resume")
@@ -103,42 +105,33 @@ def _work(output: Path, *, resume: bool, force: bool) -> Iterator[Path]:
     try:
         yield work
     except QlxError:
-        if not resume:
+        if not is_checkpoint(work / _STATE):
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _train(job: Job, work: Path, report: Reporter) -> _Outcome:
-    table = parameter_table(job.model)
-    report(f"parameters trained: {table.trained:,} of {table.total:,} ({table.share:.2%})")
+def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], Any]:
+    """The loop; returns the held-out scores from before it, and the trainer."""
+    for line in parameter_table(job.model).lines():
+        report(line)
     before = _score(job)
     report(f"held out, before: {_shown(before)}")
     state = open_state(work / _STATE, job.belongs_to) if is_checkpoint(work / _STATE) else None
+    step = None if state is None else int(load_json(state / TRAINER_STATE_FILE)["global_step"])
     trainer = _trainer(job, work)
-    step = None if state is None else int(state_step(state))
     trainer.add_callback(metrics_callback(work / METRICS_FILE, resumed_at=step))
     trainer.add_callback(progress_callback(report))
     if state is not None:
         report(f"resuming at step {step}")
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
-    after = _score(job)
-    report(f"held out, after:  {_shown(after)}")
-    return _Outcome(trainer, table, before, after)
-
-
-def state_step(state: Path) -> int:
-    """The step at which a saved state was written."""
-    from qlx.checkpoint import load_json
-
-    return int(load_json(state / TRAINER_STATE_FILE)["global_step"])
+    return before, trainer
 
 
 def _trainer(job: Job, work: Path) -> Any:
     section, material = job.recipe.training, job.material
     if isinstance(material, ImageMaterial):
-        dataset = ImageDataset(material.train, material.preprocessor)
-        trainer = image_trainer(job.model, dataset, section, work)
+        trainer = image_trainer(job.model, ImageDataset(material.train, material.preprocessor), section, work)
     else:
         tokenizer = material.fast_tokenizer(work)
         trainer = text_trainer(job.model, material.train, tokenizer, section, work, job.recipe.data.max_length)
@@ -157,23 +150,34 @@ def _shown(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _write_run(job: Job, outcome: _Outcome, work: Path, output: Path, force: bool, report: Reporter) -> Checkpoint:
-    recipe = job.recipe
+def _write_run(
+    job: Job, trainer: Any, before: dict[str, float], work: Path, staging: Path, report: Reporter
+) -> None:
+    """Fill the staging directory, replay it, and seal it."""
+    after, table = _score(job), parameter_table(job.model)
+    report(f"held out, after:  {_shown(after)}")
+    manifest = _manifest(job, int(trainer.state.global_step), before, after)
     probe = _probe(job)
-    with new_checkpoint(output, force=force) as staging:
-        _write_weights(job, staging)
-        for name, content in {**job.material.files, CONFIG_FILE: job.config}.items():
-            (staging / name).write_bytes(content)
-        (staging / _RECIPE_FILE).write_bytes(_recipe_bytes(recipe))
-        save_optimizer(staging, outcome.trainer.optimizer, outcome.trainer.lr_scheduler)
-        outcome.trainer.state.save_to_json(str(staging / TRAINER_STATE_FILE))
-        shutil.copyfile(work / METRICS_FILE, staging / METRICS_FILE)
-        write_probe(staging / "probe.safetensors", probe)
-        manifest = _manifest(job, outcome)
-        write_report(staging, RunSummary.of(job, manifest, outcome, read_metrics(work / METRICS_FILE), probe))
-        seal(staging, manifest)
-    report(f"wrote {output}")
-    return open_checkpoint(output)
+    _write_files(job, trainer, work, staging)
+    write_probe(staging / PROBE_FILE, probe)
+    job.release()
+    del trainer
+    gc.collect()
+    result, samples = _read_back(Checkpoint(staging, manifest, ""), job, probe)
+    manifest = manifest.with_result(result)
+    metrics = read_metrics(work / METRICS_FILE)
+    write_report(staging, RunSummary(manifest, metrics, table, before, after, samples))
+    seal(staging, manifest)
+
+
+def _write_files(job: Job, trainer: Any, work: Path, staging: Path) -> None:
+    _write_weights(job, staging)
+    for name, content in {**job.material.files, CONFIG_FILE: job.config}.items():
+        (staging / name).write_bytes(content)
+    (staging / RECIPE_FILE).write_bytes(canonical_json(job.recipe.content()))  # JSON is YAML
+    save_optimizer(staging, trainer.optimizer, trainer.lr_scheduler)
+    trainer.state.save_to_json(str(staging / TRAINER_STATE_FILE))
+    shutil.copyfile(work / METRICS_FILE, staging / METRICS_FILE)
 
 
 def _write_weights(job: Job, staging: Path) -> None:
@@ -182,7 +186,7 @@ def _write_weights(job: Job, staging: Path) -> None:
         save_adapter(job.model, staging, base_name=name)
         return
     state = job.model.state_dict()
-    write_tensors(staging / "model.safetensors", {stored: state[name] for name, stored in job.names.items()})
+    write_tensors(staging / SINGLE_FILE, {stored: state[name] for name, stored in job.names.items()})
 
 
 def _probe(job: Job) -> Probe:
@@ -190,20 +194,41 @@ def _probe(job: Job) -> Probe:
     return make_probe(job.model, job.recipe.task, batch.inputs, batch.labels, job.recipe.adapter is not None)
 
 
-def _recipe_bytes(recipe: Recipe) -> bytes:
-    """The recipe with defaults filled in; JSON is YAML."""
-    return canonical_json(recipe.content())
+def _read_back(staged: Checkpoint, job: Job, probe: Probe) -> tuple[ProbeResult, list[Sample]]:
+    """Load what was written and compare its outputs with those of the model that was trained.
+
+    Raises:
+        CheckFailed: they differ, so something was lost in writing.
+    """
+    model = load_model(staged, job.source)
+    outputs = forward_logits(model, job.recipe.task, probe.inputs)
+    difference = float(np.abs(outputs - probe.reference).max())
+    relative = difference / max(float(np.abs(probe.reference).max()), 1e-30)
+    if not relative <= _REPLAY_LIMIT:
+        raise CheckFailed(
+            f"the run read back from disk differs from the model that was trained by {relative:.2g} "
+            f"(allowed {_REPLAY_LIMIT:g}); nothing was written, please report this"
+        )
+    metrics = {"max_abs": difference, "relative_max": relative}
+    result = ProbeResult(step="train", against="reference", metrics=metrics, passed=True)
+    return result, _samples(model, job.material, probe)
 
 
-def _manifest(job: Job, outcome: _Outcome) -> Manifest:
+def _samples(model: Any, material: Material, probe: Probe) -> list[Sample]:
+    if isinstance(material, ImageMaterial):
+        return image_samples(material.evaluation, probe)
+    return text_samples(model, material.codec, material.examples)
+
+
+def _manifest(job: Job, steps: int, before: dict[str, float], after: dict[str, float]) -> Manifest:
     recipe, source = job.recipe, job.source
     options = {
-        "data": recipe.data.model_dump(mode="json"),
+        "data": _portable(recipe),
         "data_digest": job.material.digest,
         "completion_only": recipe.training.completion_only,
-        "steps": outcome.trainer.state.global_step,
-        "before": outcome.before,
-        "after": outcome.after,
+        "steps": steps,
+        "before": before,
+        "after": after,
     }
     step = next_step(
         "train",
@@ -218,13 +243,22 @@ def _manifest(job: Job, outcome: _Outcome) -> Manifest:
         tag=tag_of(recipe, None if source is None else source.name),
         base=None if source is None else source.reference(),
         quantization=job.quantization,
-        adapter=_adapter_spec(job, outcome),
+        adapter=_adapter_spec(job),
         lineage=(*(() if source is None or source.manifest is None else source.manifest.lineage), step),
-        probe=ProbeRecord(reference="the model as trained, unmerged, in fp32"),
+        probe=ProbeRecord(reference=REFERENCE),
     )
 
 
-def _adapter_spec(job: Job, outcome: _Outcome) -> AdapterSpec:
+def _portable(recipe: Recipe) -> dict[str, Any]:
+    """The data section, an absolute path shortened to its last component."""
+    data = recipe.data.model_dump(mode="json")
+    if data["path"] is not None and Path(data["path"]).is_absolute():
+        data["path"] = Path(data["path"]).name
+    return data
+
+
+def _adapter_spec(job: Job) -> AdapterSpec:
     if job.recipe.adapter is not None:
         return adapter_spec(job.model, job.names)
-    return AdapterSpec(type="full", trained_parameters=outcome.table.trained, total_parameters=outcome.table.total)
+    table = parameter_table(job.model)
+    return AdapterSpec(type="full", trained_parameters=table.trained, total_parameters=table.total)

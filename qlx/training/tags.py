@@ -21,7 +21,7 @@ def tag_of(recipe: Recipe, base_name: str | None) -> str:
         parts.append(f"{kind}{recipe.adapter.rank}")
     if recipe.quantization is not None:
         double = "-dq" if recipe.quantization.double_quant else ""
-        parts += ["QLORA", f"w4-{recipe.quantization.quant_type}{double}"]
+        parts += ["QLORA", f"w{recipe.quantization.weight_bits}-{recipe.quantization.quant_type}{double}"]
     parts.append(f"head{_SHORT[recipe.base.dtype]}")
     return "_".join(parts)[:_LONGEST]
 

@@ -1,0 +1,127 @@
+"""`qlx train --dry-run`: everything about a recipe that can be checked without loading weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlx.checkpoint import Source, resolve_source
+from qlx.errors import InputRefused, Unsupported, require
+from qlx.inputs import ImagePreprocessor, ImageSplit, TextCodec, load_split
+from qlx.models import Labels, build_config, empty_model, read_config
+from qlx.recipe import Recipe
+from qlx.training.job import new_head
+from qlx.training.tags import tag_of
+
+__all__ = ["DryRun", "check"]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found out.
+
+    `base` is the base's name, None when the model is built from nothing. `base_found` says whether
+    its files are here; without them the fields about the model are None or empty, and `unchecked`
+    says what could not be looked at. `adapted` and `quantized` name modules. Training and held-out
+    examples are counted as images or documents, before token blocks.
+    """
+
+    recipe: str
+    task: str
+    tag: str
+    base: str | None
+    base_found: bool
+    train_examples: int
+    eval_examples: int
+    adapted: tuple[str, ...]
+    quantized: tuple[str, ...]
+    trained_parameters: int | None
+    total_parameters: int | None
+    unchecked: tuple[str, ...]
+
+
+def check(recipe: Recipe) -> DryRun:
+    """Check a recipe's data, base configuration, target and skip modules; no weight is read.
+
+    A hub base is looked for in the local cache only.
+
+    Raises:
+        InputRefused: the data are missing, the base is not a model, or a tokenizer is missing.
+        Unsupported: the architecture is not known, or a module name matches nothing.
+    """
+    train, held_out = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
+    source = _local_base(recipe)
+    unchecked: tuple[str, ...] = ()
+    if recipe.base.path is not None and source is None:
+        unchecked = (f"base {recipe.base.path} not found locally; target modules and tokenizer not checked",)
+        adapted, quantized, counts = (), (), (None, None)
+    else:
+        adapted, quantized, counts = _check_model(recipe, None if source is None else source.path, train)
+    return DryRun(
+        recipe=recipe.name,
+        task=recipe.task,
+        tag=tag_of(recipe, recipe.base.path),
+        base=recipe.base.path,
+        base_found=recipe.base.path is None or source is not None,
+        train_examples=len(train),
+        eval_examples=len(held_out),
+        adapted=adapted,
+        quantized=quantized,
+        trained_parameters=counts[0],
+        total_parameters=counts[1],
+        unchecked=unchecked,
+    )
+
+
+def _local_base(recipe: Recipe) -> Source | None:
+    """The base, if its files are on this machine: a directory, or a hub model in the cache."""
+    name = recipe.base.path
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        return resolve_source(name, recipe.base.revision)
+    repo, _, revision = name.partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise InputRefused(f"{name}: no such directory (a hub model is named owner/model, optionally @revision)")
+    hub = require("huggingface_hub", "train")
+    cached = hub.try_to_load_from_cache(repo, "config.json", revision=revision or recipe.base.revision)
+    return Source(Path(cached).parent, repo, revision or recipe.base.revision) if isinstance(cached, str) else None
+
+
+def _check_model(
+    recipe: Recipe, base: Path | None, train: Any
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, int]]:
+    """Adapted modules, quantized modules, and (trained, all) parameters, on a model without memory."""
+    from qlx.adapters import adapted_modules, attach_adapter, parameter_counts
+    from qlx.quant import eligible_modules
+
+    model: Any = _model(recipe, base, train)
+    quantized: tuple[str, ...] = ()
+    if recipe.quantization is not None:
+        section = recipe.quantization
+        quantized = tuple(eligible_modules(model, section.skip_modules, section.block_size))
+    if recipe.adapter is None:
+        return (), quantized, parameter_counts(model)
+    model = attach_adapter(model, recipe.adapter, task=recipe.task)
+    return tuple(adapted_modules(model)), quantized, parameter_counts(model)
+
+
+def _model(recipe: Recipe, base: Path | None, train: Any) -> Any:
+    """The recipe's architecture on torch's meta device; a base's preprocessing files are read, too."""
+    import torch
+
+    labels = Labels(train.classes) if isinstance(train, ImageSplit) else None
+    if base is None:
+        assert recipe.base.from_scratch is not None
+        if recipe.base.from_scratch.model_type not in ("vit", "llama"):
+            raise Unsupported(f"base.from_scratch: {recipe.base.from_scratch.model_type!r} cannot be built")
+        from qlx.models import auto_class
+
+        with torch.device("meta"):
+            return auto_class(recipe.task).from_config(build_config(recipe.base.from_scratch, labels=labels))
+    read_config(base, recipe.task)
+    if labels is None:
+        TextCodec.from_directory(base)
+    else:
+        ImagePreprocessor.from_directory(base)
+        new_head(recipe, labels, base)
+    return empty_model(base, recipe.task)
