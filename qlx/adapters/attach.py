@@ -16,7 +16,7 @@ from qlx.adapters.config import CONFIG_FILE, pattern_matches
 from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
 from qlx.checkpoint import AdapterSpec, canonical_json
 from qlx.errors import Mismatch, Unsupported, require
-from qlx.quant import head_modules, names_part
+from qlx.quant import head_modules, names_part, packed_modules, packed_of_module
 from qlx.recipe import AdapterSection
 from qlx.weights import read_tensors, write_tensors
 
@@ -207,11 +207,11 @@ def _json_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a 4-bit weight counts with the values it stands for."""
+    """(trained, all) parameters; a packed weight counts with the values it stands for."""
     trained = total = 0
+    packed = {id(module.weight): packed_of_module(module).count for _, module in packed_modules(model)}
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = parameter.numel() if state is None else state.shape.numel()
+        count = packed.get(id(parameter), parameter.numel())
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total

@@ -76,21 +76,24 @@ class QuantSpec(_Frozen):
 
     `modules` are the in-memory names of the quantized modules, `tensors` the names of their weights
     in the base's files (transformers renames some on load), `fingerprint` identifies the codes and
-    scales themselves. `group_size` counts input values that share a scale (the block size of NF4).
+    scales themselves. `group_size` counts input values that share a scale (the block size of NF4);
+    without it a scale serves a whole row (int8, int4) or tensor (ternary). `activation_bits` is set
+    where layers round their inputs as well. `backend` names whose codes and layout these are: `qlx`
+    for codes qlx made, `gptq`, `awq` and `bitnet` for those a base already came with.
     """
 
     method: Literal["none", "qlora", "post-training"] = "none"
     weight_bits: int | None = None
     activation_bits: int | None = None
     kv_cache_bits: int | None = None
-    scheme: Literal["nf4", "fp4"] | None = None
+    scheme: Literal["nf4", "fp4", "int8", "int4", "ternary"] | None = None
     group_size: int | None = None
     symmetric: bool | None = None
     double_quant: bool = False
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     skip_modules: tuple[str, ...] = ()
     mode: Literal["manual", "hf"] = "manual"
-    backend: Literal["bitsandbytes"] | None = None
+    backend: Literal["bitsandbytes", "qlx", "gptq", "awq", "bitnet"] | None = None
     modules: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     fingerprint: Digest | None = None

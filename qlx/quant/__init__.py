@@ -1,19 +1,23 @@
-"""Quantized weights: the 4-bit codec, its stored layout, and the layers that compute with it.
+"""Quantized weights: codecs, stored layouts, and the layers that compute with packed weights.
 
-One codec serves training, merging and packing; bitsandbytes trains with the codes it makes, and is
-guarded where it is wrong on CPU. Nothing here imports bitsandbytes until a function needs it.
+One codec a scheme serves training, merging and packing: NF4 and FP4 equal to bitsandbytes, which
+trains with their codes and is guarded where it is wrong on CPU; ternary, int4 and int8 in layers of
+our own. Nothing here imports bitsandbytes until a function needs it.
 """
 
-from qlx.quant.codec4bit import (
-    NestedScales,
-    PackedTensor,
-    dequantize_tensor,
-    levels,
-    quantize_tensor,
-    torch_dtype_of,
-)
+from qlx.quant.activations import quantize_activations
+from qlx.quant.codec import SCHEMES, PackedTensor, dequantize_tensor, quantize_tensor
+from qlx.quant.codec4bit import FOUR_BIT, NestedScales, Packed4bit, levels, torch_dtype_of
 from qlx.quant.export_linear import PackedLinear, packed_linears
+from qlx.quant.fingerprint import packed_fingerprint
 from qlx.quant.hf import bnb_config
+from qlx.quant.integer_linear import IntegerLinear
+from qlx.quant.integers import (
+    SCALE_DTYPE,
+    PackedIntegers,
+    materialize,
+    packed_from_codes,
+)
 from qlx.quant.layers import (
     HEAD_NAMES,
     eligible_modules,
@@ -21,6 +25,7 @@ from qlx.quant.layers import (
     head_modules,
     linear4bit_modules,
     names_part,
+    packed_modules,
     packed_of_module,
     quantize_model,
     set_compute_dtype,
@@ -29,13 +34,18 @@ from qlx.quant.layout import (
     entry_names,
     is_packed_weight,
     packed_entries,
-    packed_fingerprint,
     packed_from_entries,
 )
 
 __all__ = [
+    "FOUR_BIT",
     "HEAD_NAMES",
+    "SCALE_DTYPE",
+    "SCHEMES",
+    "IntegerLinear",
     "NestedScales",
+    "Packed4bit",
+    "PackedIntegers",
     "PackedLinear",
     "PackedTensor",
     "bnb_config",
@@ -47,12 +57,16 @@ __all__ = [
     "is_packed_weight",
     "levels",
     "linear4bit_modules",
+    "materialize",
     "names_part",
     "packed_entries",
     "packed_fingerprint",
+    "packed_from_codes",
     "packed_from_entries",
     "packed_linears",
+    "packed_modules",
     "packed_of_module",
+    "quantize_activations",
     "quantize_model",
     "quantize_tensor",
     "set_compute_dtype",

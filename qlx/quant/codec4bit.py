@@ -24,23 +24,27 @@ from qlx.errors import InputRefused, Unsupported
 
 __all__ = [
     "BLOCK_SIZES",
+    "FOUR_BIT",
     "NESTED_BLOCK",
     "NestedScales",
-    "PackedTensor",
+    "Packed4bit",
     "Scheme",
-    "dequantize_tensor",
     "dynamic_map",
+    "finite_float32",
     "levels",
     "nest_scales",
     "pack_codes",
+    "quantize_4bit",
     "quantize_blocks",
-    "quantize_tensor",
     "torch_dtype_of",
     "unnest_scales",
     "unpack_codes",
 ]
 
 Scheme = Literal["nf4", "fp4"]
+
+FOUR_BIT: tuple[Scheme, ...] = ("nf4", "fp4")
+"""The schemes of this codec."""
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that the layout of bitsandbytes allows."""
@@ -82,8 +86,8 @@ class NestedScales:
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """A 4-bit weight.
+class Packed4bit:
+    """An NF4 or FP4 weight.
 
     `codes` uint8 [ceil(values / 2)], flat, high half first; `absmax` float32 [blocks], what every
     value is scaled by (already un-nested); `nested` what `absmax` came from under double
@@ -110,6 +114,25 @@ class PackedTensor:
             return self.codes.nbytes + self.absmax.nbytes
         nested = self.nested
         return self.codes.nbytes + nested.codes.nbytes + nested.absmax.nbytes + nested.offset.nbytes
+
+    def values(self) -> Tensor:
+        """The weight's values, level * absmax, float32 of its shape."""
+        pairs = _level_pairs(self.scheme).to(self.codes.device)
+        values = pairs.index_select(0, self.codes.int()).view(-1)[: self.count]
+        full = self.count - self.count % self.block_size
+        blocks = values[:full].view(-1, self.block_size)
+        blocks.mul_(self.absmax[: full // self.block_size, None])
+        if full < self.count:
+            values[full:] *= self.absmax[-1]
+        return values.reshape(self.shape)
+
+    def identity(self) -> tuple[str, tuple[Tensor, ...]]:
+        """What a fingerprint covers: the form as text, and codes and scales as stored."""
+        nested = self.nested
+        scales: tuple[Tensor, ...] = (self.absmax,)
+        if nested is not None:
+            scales = (nested.codes, nested.absmax, nested.offset.reshape(1), nested.map)
+        return f"{self.scheme} {self.block_size} {list(self.shape)}", (self.codes, *scales)
 
 
 def torch_dtype_of(name: str) -> torch.dtype:
@@ -260,7 +283,22 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def quantize_tensor(weight: Tensor, spec: QuantSpec) -> PackedTensor:
+def finite_float32(weight: Tensor, scheme: str) -> Tensor:
+    """The weight in float32 on CPU, checked to be fit for quantizing to `scheme`.
+
+    Raises:
+        Unsupported: not a float weight.
+        InputRefused: the weight holds NaN or an infinity.
+    """
+    if weight.dtype not in _FLOATS:
+        raise Unsupported(f"a weight of dtype {weight.dtype} cannot be quantized to {scheme}")
+    values = weight.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise InputRefused("the weight holds NaN or infinite values; it cannot be quantized")
+    return values
+
+
+def quantize_4bit(weight: Tensor, spec: QuantSpec) -> Packed4bit:
     """Quantize a weight of any shape as `spec` says (scheme, group_size, double_quant), on CPU.
 
     Raises:
@@ -268,18 +306,14 @@ def quantize_tensor(weight: Tensor, spec: QuantSpec) -> PackedTensor:
         InputRefused: the weight holds NaN or an infinity.
     """
     scheme, block_size = spec.scheme, spec.group_size or 64
-    if scheme is None:
-        raise Unsupported("the quantization names no scheme; give nf4 or fp4")
+    if scheme not in FOUR_BIT:
+        raise Unsupported(f"4-bit scheme {scheme!r} is not one of nf4, fp4")
     if block_size not in BLOCK_SIZES:
         raise Unsupported(f"group size {block_size} is not one of {BLOCK_SIZES}")
-    if weight.dtype not in _FLOATS:
-        raise Unsupported(f"a weight of dtype {weight.dtype} cannot be quantized to {scheme}")
-    flat = weight.detach().to("cpu", torch.float32).reshape(-1)
-    if not bool(torch.isfinite(flat).all()):
-        raise InputRefused("the weight holds NaN or infinite values; it cannot be quantized")
+    flat = finite_float32(weight, scheme).reshape(-1)
     codes, absmax = quantize_blocks(flat, scheme, block_size)
     nested = nest_scales(absmax) if spec.double_quant else None
-    return PackedTensor(
+    return Packed4bit(
         codes=pack_codes(codes, fill=_ZERO_CODE[scheme]),
         absmax=absmax if nested is None else unnest_scales(nested),
         nested=nested,
@@ -288,18 +322,3 @@ def quantize_tensor(weight: Tensor, spec: QuantSpec) -> PackedTensor:
         scheme=scheme,
         block_size=block_size,
     )
-
-
-def dequantize_tensor(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The values of a packed weight, of its shape: level * absmax in float32, rounded once to `dtype`.
-
-    `dtype` is that of the weight before by default, as in bitsandbytes; float32 gives the values
-    that a quantized layer computes with before its own cast, whatever the base was stored in.
-    """
-    pairs = _level_pairs(packed.scheme).to(packed.codes.device)
-    values = pairs.index_select(0, packed.codes.int()).view(-1)[: packed.count]
-    full = packed.count - packed.count % packed.block_size
-    values[:full].view(-1, packed.block_size).mul_(packed.absmax[: full // packed.block_size, None])
-    if full < packed.count:
-        values[full:] *= packed.absmax[-1]
-    return values.reshape(packed.shape).to(dtype or packed.dtype)

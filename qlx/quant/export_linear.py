@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qlx.errors import Unsupported
-from qlx.quant.codec4bit import PackedTensor, dequantize_tensor
-from qlx.quant.layers import linear4bit_modules, packed_of_module
+from qlx.quant.codec import dequantize_tensor
+from qlx.quant.codec4bit import Packed4bit
+from qlx.quant.layers import linear4bit_modules
 
 __all__ = ["PackedLinear", "packed_linears"]
 
@@ -31,7 +32,7 @@ class PackedLinear(nn.Module):
     weight_absmax: Tensor
 
     def __init__(
-        self, packed: PackedTensor, bias: Tensor | None, compute_dtype: torch.dtype = torch.float32
+        self, packed: Packed4bit, bias: Tensor | None, compute_dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
@@ -75,6 +76,10 @@ def packed_linears(model: nn.Module) -> list[str]:
         Unsupported: a block is larger than the 256 values that onnxruntime's kernel takes.
     """
     layers = list(linear4bit_modules(model))
+    if not layers:
+        return []
+    from qlx.quant.guard import packed_of_module
+
     for name, layer in layers:
         packed = packed_of_module(layer)
         if packed.block_size > _LARGEST_BLOCK:

@@ -14,7 +14,7 @@ level * absmax in float32 and cast once to the compute dtype (the value the stoc
 with), dequantized again in the backward pass instead of kept.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -25,32 +25,16 @@ from qlx.errors import Unsupported
 from qlx.quant.codec4bit import (
     NESTED_BLOCK,
     NestedScales,
-    PackedTensor,
+    Packed4bit,
     levels,
     unnest_scales,
 )
+from qlx.quant.recompute import linear_remade
 
 __all__ = ["GuardedLinear4bit", "guard_module", "guarded_linear", "packed_of_module"]
 
 
-class _DequantizedLinear(torch.autograd.Function):
-    """x @ W^T with W dequantized in both passes, so that it is never stored for the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.state = state
-        with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x, _values(weight, state, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        (gradient,) = gradients
-        return gradient @ _values(weight, ctx.state, gradient.dtype), None, None
-
-
-def _values(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def _values(weight: Tensor, *, state: Any, dtype: torch.dtype) -> Tensor:
     """The dequantized weight [out, in], level * absmax in float32, cast to `dtype`."""
     absmax = state.absmax if not state.nested else unnest_scales(_nested_of(state))
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -69,8 +53,8 @@ class GuardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc,unused-ignore]
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] in the dtype of x, computed in `compute_dtype` if set."""
         dtype = self.compute_dtype or x.dtype
-        apply: Callable[..., Tensor] = _DequantizedLinear.apply
-        y = apply(x.to(dtype), self.weight, _state_of(self))
+        make = partial(_values, state=_state_of(self), dtype=dtype)
+        y = linear_remade(x.to(dtype), make, self.weight)
         if self.bias is not None:
             y = y + self.bias.to(dtype)
         return y.to(x.dtype)
@@ -113,7 +97,7 @@ def guard_module(name: str, module: Any) -> None:
     module.support_avx512bf16_for_cpu = False
 
 
-def packed_of_module(module: Any) -> PackedTensor:
+def packed_of_module(module: Any) -> Packed4bit:
     """Codes and scales of a quantized `Linear4bit`, sharing its memory.
 
     Raises:
@@ -123,7 +107,7 @@ def packed_of_module(module: Any) -> PackedTensor:
     if getattr(state, "packing_format_for_cpu", False):
         raise Unsupported("the layer's weights were repacked by bitsandbytes; load the model again")
     nested = _nested_of(state) if state.nested else None
-    return PackedTensor(
+    return Packed4bit(
         codes=module.weight.detach().contiguous().view(torch.uint8).reshape(-1),
         absmax=state.absmax if nested is None else unnest_scales(nested),
         nested=nested,
@@ -135,7 +119,7 @@ def packed_of_module(module: Any) -> PackedTensor:
 
 
 def guarded_linear(
-    packed: PackedTensor, bias: nn.Parameter | None, compute_dtype: torch.dtype
+    packed: Packed4bit, bias: nn.Parameter | None, compute_dtype: torch.dtype
 ) -> GuardedLinear4bit:
     """A guarded layer around an already packed weight [out, in]; `bias` is used as it is."""
     out_features, in_features = packed.shape
@@ -165,7 +149,7 @@ def guarded_linear(
     return layer
 
 
-def _quant_state(packed: PackedTensor) -> Any:
+def _quant_state(packed: Packed4bit) -> Any:
     state = bnb.functional.QuantState
     nested = packed.nested
     inner = None

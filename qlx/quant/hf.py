@@ -5,7 +5,7 @@ from typing import Any
 
 from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported, require
-from qlx.quant.codec4bit import torch_dtype_of
+from qlx.quant.codec4bit import FOUR_BIT, torch_dtype_of
 from qlx.quant.layers import HEAD_NAMES
 
 __all__ = ["bnb_config"]
@@ -18,10 +18,11 @@ def bnb_config(spec: QuantSpec) -> Any:
     Guard the loaded model (`guard_bitsandbytes`) before its first forward.
 
     Raises:
-        Unsupported: no scheme, or a group size other than 64, the only one transformers offers.
+        Unsupported: a scheme other than nf4 and fp4, or a group size other than 64, the only one
+            transformers offers.
     """
-    if spec.scheme is None:
-        raise Unsupported("the quantization names no scheme; give nf4 or fp4")
+    if spec.scheme not in FOUR_BIT:
+        raise Unsupported(f"mode hf quantizes to nf4 and fp4, not {spec.scheme}; use mode manual")
     if spec.group_size not in (None, 64):
         raise Unsupported(
             f"mode hf quantizes in blocks of 64, not {spec.group_size}; use mode manual"

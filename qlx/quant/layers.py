@@ -1,5 +1,6 @@
 """Quantizing a model in place, and what applies to all of its quantized layers at once."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,10 @@ from torch import nn
 
 from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported, require
-from qlx.quant.codec4bit import PackedTensor, quantize_tensor, torch_dtype_of
+from qlx.quant.codec import PackedTensor, quantize_tensor
+from qlx.quant.codec4bit import FOUR_BIT, Packed4bit, torch_dtype_of
+from qlx.quant.integer_linear import IntegerLinear
+from qlx.quant.integers import PackedIntegers
 
 __all__ = [
     "HEAD_NAMES",
@@ -18,6 +22,7 @@ __all__ = [
     "head_modules",
     "linear4bit_modules",
     "names_part",
+    "packed_modules",
     "packed_of_module",
     "quantize_model",
     "set_compute_dtype",
@@ -28,7 +33,7 @@ HEAD_NAMES = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "head
 
 
 def eligible_modules(
-    model: nn.Module, skip_modules: Iterable[str] = (), group_size: int = 64
+    model: nn.Module, skip_modules: Iterable[str] = (), group_size: int | None = 64
 ) -> list[str]:
     """Names of the `nn.Linear` layers to quantize, in the order of the model.
 
@@ -38,7 +43,7 @@ def eligible_modules(
 
     Raises:
         Unsupported: a layer's inputs are no multiple of `group_size` (which bitsandbytes would
-            read wrongly), or an entry of `skip_modules` matches nothing.
+            read wrongly; None allows any), or an entry of `skip_modules` matches nothing.
     """
     skips = tuple(skip_modules)
     _check_skips(model, skips)
@@ -50,7 +55,7 @@ def eligible_modules(
         if name in heads or any(names_part(name, skip) for skip in skips):
             continue
         names.append(name)
-        if module.in_features % group_size:
+        if group_size is not None and module.in_features % group_size:
             odd.append(f"{name} ({module.in_features})")
     if odd:
         raise Unsupported(
@@ -94,37 +99,59 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 
 def quantize_model(model: nn.Module, spec: QuantSpec) -> list[str]:
-    """Replace every eligible `nn.Linear` by a guarded 4-bit layer, in place; returns their names.
+    """Replace every eligible `nn.Linear` by a packed layer, in place; returns their names.
 
-    Codes come from qlx's own codec, so merging and packing find the same ones on any machine. The
-    layers declare float32 as the dtype to dequantize to: their values are level * absmax whatever
-    dtype the base was loaded in.
+    NF4 and FP4 become guarded layers of bitsandbytes, integer schemes an `IntegerLinear`. Codes come
+    from qlx's own codec, so merging and packing find the same ones on any machine. The layers
+    compute with the float32 values of their codes whatever dtype the base was loaded in.
 
     Raises:
         Unsupported: as `eligible_modules`, and when no layer is eligible.
+        MissingExtra: NF4 or FP4 without bitsandbytes.
     """
-    require("bitsandbytes", "train")
-    from qlx.quant.guard import guarded_linear
-
-    names = eligible_modules(model, spec.skip_modules, spec.group_size or 64)
+    four_bit = spec.scheme in FOUR_BIT
+    group_size = spec.group_size or 64 if four_bit else spec.group_size
+    names = eligible_modules(model, spec.skip_modules, group_size)
     if not names:
         raise Unsupported("no linear layer of this model can be quantized")
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        packed = replace(quantize_tensor(linear.weight, spec), dtype=torch.float32)
-        layer = guarded_linear(packed, linear.bias, torch_dtype_of(spec.compute_dtype))
+        layer = _packed_layer(quantize_tensor(linear.weight, spec), linear.bias, spec)
         layer.train(linear.training)
         model.set_submodule(name, layer.to(linear.weight.device))
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # how PEFT knows
+    if four_bit:
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # how PEFT knows
     return names
+
+
+def _packed_layer(packed: PackedTensor, bias: nn.Parameter | None, spec: QuantSpec) -> nn.Module:
+    dtype = torch_dtype_of(spec.compute_dtype)
+    if isinstance(packed, PackedIntegers):
+        integers = replace(packed, dtype=torch.float32)
+        return IntegerLinear(integers, bias, dtype, spec.activation_bits)
+    assert isinstance(packed, Packed4bit)
+    require("bitsandbytes", "train")
+    from qlx.quant.guard import guarded_linear
+
+    layer: nn.Module = guarded_linear(replace(packed, dtype=torch.float32), bias, dtype)
+    return layer
 
 
 def linear4bit_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every bitsandbytes 4-bit linear layer of a model, guarded or not, with its name."""
-    bnb = require("bitsandbytes", "train")
+    bnb = sys.modules.get("bitsandbytes")  # a model of its layers has imported it
+    if bnb is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                yield name, module
+
+
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer with a packed weight, of any scheme, with its name, in the model's order."""
+    four_bit = {name for name, _ in linear4bit_modules(model)}
     for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if name in four_bit or isinstance(module, IntegerLinear):
             yield name, module
 
 
@@ -146,11 +173,13 @@ def guard_bitsandbytes(model: nn.Module) -> int:
 
 
 def packed_of_module(module: nn.Module) -> PackedTensor:
-    """Codes and scales of a quantized bitsandbytes `Linear4bit`, sharing its memory.
+    """Codes and scales of a packed layer, sharing its memory.
 
     Raises:
-        Unsupported: the layer is not quantized yet, or bitsandbytes has repacked it.
+        Unsupported: a bitsandbytes layer that is not quantized yet, or that it has repacked.
     """
+    if isinstance(module, IntegerLinear):
+        return module.packed
     require("bitsandbytes", "train")
     from qlx.quant.guard import packed_of_module as of_module
 
@@ -158,11 +187,11 @@ def packed_of_module(module: nn.Module) -> PackedTensor:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let every 4-bit layer multiply in `dtype`; codes, scales and other layers stay as they are."""
+    """Let every packed layer multiply in `dtype`; codes, scales and other layers stay as they are."""
     from qlx.quant.export_linear import PackedLinear
 
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | IntegerLinear):
             module.compute_dtype = dtype
     for _, layer in linear4bit_modules(model):
         layer.compute_dtype = dtype

@@ -7,19 +7,20 @@ tensor. A directory written from these entries loads in transformers with bitsan
 
 import json
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlx.checkpoint import bytes_digest, parse_json
+from qlx.checkpoint import parse_json
 from qlx.errors import CorruptCheckpoint, Unsupported
+from qlx.quant.codec import PackedTensor
 from qlx.quant.codec4bit import (
     BLOCK_SIZES,
+    FOUR_BIT,
     NESTED_BLOCK,
     NestedScales,
-    PackedTensor,
+    Packed4bit,
     Scheme,
     levels,
     torch_dtype_of,
@@ -30,11 +31,9 @@ __all__ = [
     "entry_names",
     "is_packed_weight",
     "packed_entries",
-    "packed_fingerprint",
     "packed_from_entries",
 ]
 
-_SCHEMES: tuple[Scheme, ...] = ("nf4", "fp4")
 _STATE = ".quant_state.bitsandbytes__"
 
 
@@ -47,7 +46,7 @@ def entry_names(name: str, scheme: Scheme, *, nested: bool) -> tuple[str, ...]:
 def is_packed_weight(names: Iterable[str], name: str) -> bool:
     """Whether `name` is a 4-bit weight among the tensor `names` of a checkpoint."""
     known = names if isinstance(names, Mapping | set | frozenset) else set(names)
-    return any(f"{name}{_STATE}{scheme}" in known for scheme in _SCHEMES)
+    return any(f"{name}{_STATE}{scheme}" in known for scheme in FOUR_BIT)
 
 
 def packed_entries(packed: PackedTensor, name: str) -> dict[str, Tensor]:
@@ -55,7 +54,14 @@ def packed_entries(packed: PackedTensor, name: str) -> dict[str, Tensor]:
 
     Codes uint8 [bytes, 1]; absmax float32 [blocks], or uint8 [blocks] under double quantization;
     the state uint8 [JSON bytes]. `packed_from_entries` is the inverse.
+
+    Raises:
+        Unsupported: an integer scheme, which this layout has no place for.
     """
+    if not isinstance(packed, Packed4bit):
+        raise Unsupported(
+            f"tensor {name!r}: the 4-bit layout of bitsandbytes holds no {packed.scheme}"
+        )
     state: dict[str, Any] = {
         "quant_type": packed.scheme,
         "blocksize": packed.block_size,
@@ -81,7 +87,7 @@ def packed_entries(packed: PackedTensor, name: str) -> dict[str, Tensor]:
     return entries
 
 
-def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> PackedTensor:
+def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> Packed4bit:
     """The packed weight `name` among the tensors of a file.
 
     Raises:
@@ -99,7 +105,7 @@ def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> PackedTenso
         raise Unsupported(f"tensor {name!r}: its level table is not the {scheme} table")
     nested = _nested(entries, name, state)
     absmax = f"{name}.absmax"
-    packed = PackedTensor(
+    packed = Packed4bit(
         codes=entries[name].contiguous().view(torch.uint8).reshape(-1),
         absmax=_part(entries, absmax, torch.float32) if nested is None else unnest_scales(nested),
         nested=nested,
@@ -113,7 +119,7 @@ def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> PackedTenso
 
 
 def _scheme(entries: Mapping[str, Tensor], name: str) -> Scheme:
-    found = [scheme for scheme in _SCHEMES if f"{name}{_STATE}{scheme}" in entries]
+    found = [scheme for scheme in FOUR_BIT if f"{name}{_STATE}{scheme}" in entries]
     if len(found) != 1 or name not in entries:
         raise CorruptCheckpoint(f"tensor {name!r}: not one 4-bit weight with one quant_state")
     return found[0]
@@ -173,7 +179,7 @@ def _nested(
     return nested
 
 
-def _check_sizes(packed: PackedTensor, name: str) -> None:
+def _check_sizes(packed: Packed4bit, name: str) -> None:
     blocks = -(-packed.count // packed.block_size)
     if packed.codes.numel() != -(-packed.count // 2) or packed.absmax.numel() != blocks:
         raise CorruptCheckpoint(
@@ -182,27 +188,3 @@ def _check_sizes(packed: PackedTensor, name: str) -> None:
         )
     if not bool(torch.isfinite(packed.absmax).all()):
         raise CorruptCheckpoint(f"tensor {name!r}: a scale is NaN or infinite")
-
-
-def packed_fingerprint(tensors: Iterable[tuple[str, PackedTensor]]) -> str:
-    """`sha256:…` over names, shapes, scheme, codes and stored scales of packed weights.
-
-    Independent of their order and of the dtype they had before quantization: a base kept in
-    bfloat16 and the same base loaded in float32 have the same codes, scales and fingerprint.
-    """
-    lines = [_line(name, packed) for name, packed in tensors]
-    return bytes_digest("".join(sorted(lines)).encode("utf-8"))
-
-
-def _line(name: str, packed: PackedTensor) -> str:
-    nested = packed.nested
-    scales = [packed.absmax]
-    if nested is not None:
-        scales = [nested.codes, nested.absmax, nested.offset.reshape(1), nested.map]
-    hashes = " ".join(_hash(part) for part in (packed.codes, *scales))
-    return f"{name!r} {packed.scheme} {packed.block_size} {list(packed.shape)} {hashes}\n"
-
-
-def _hash(tensor: Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -23,6 +23,7 @@ __all__ = [
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+_BLOCKED = ("nf4", "fp4")
 
 
 class _Section(BaseModel):
@@ -121,14 +122,64 @@ class AdapterSection(_Section):
 
 
 class QuantizationSection(_Section):
-    """Quantization of the frozen base; absent means the base stays as it is."""
+    """Quantization of the frozen base; absent means the base stays as it is.
 
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    `double_quant`, `block_size` and mode `hf` are for nf4 and fp4; `group_size` (`whole`: one scale
+    a row, for ternary one a tensor), `symmetric` and `scale_dtype` for int8, int4 and ternary;
+    `activation_bits` for ternary, whose layers then round their inputs as BitNet does.
+    """
+
+    quant_type: Literal["nf4", "fp4", "int8", "int4", "ternary"] = "nf4"
     double_quant: bool = True
     compute_dtype: Dtype = "float32"
     block_size: Literal[64, 128, 256, 512] = 64
+    group_size: Positive | Literal["whole"] | None = None
+    symmetric: bool = True
+    scale_dtype: Dtype = "float32"
+    activation_bits: Literal[8] | None = None
     skip_modules: tuple[str, ...] = ()
     mode: Literal["manual", "hf"] = "manual"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_double_integers(cls, value: Any) -> Any:
+        """Double quantization is the default of nf4 and fp4 only."""
+        if isinstance(value, dict) and value.get("quant_type", "nf4") not in _BLOCKED:
+            return {"double_quant": False, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _fits_type(self) -> Self:
+        given = self.model_fields_set
+        wrong = {"group_size", "symmetric", "scale_dtype", "activation_bits"} & given
+        if self.quant_type not in _BLOCKED:
+            wrong = {"block_size"} & given
+            wrong |= {"double_quant"} if self.double_quant else set()
+            wrong |= {"mode"} if self.mode == "hf" else set()
+            wrong |= {"activation_bits"} if self.activation_bits and self.weight_bits != 2 else set()
+            wrong |= {"symmetric"} if self.weight_bits == 2 and not self.symmetric else set()
+        if wrong:
+            raise ValueError(f"{min(wrong)} does not apply to quant_type {self.quant_type!r}")
+        return self
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits that the code of one weight takes."""
+        return {"int8": 8, "ternary": 2}.get(self.quant_type, 4)
+
+    @property
+    def values_per_scale(self) -> int | None:
+        """Input values that share a scale; None for a whole row or, for ternary, the whole tensor."""
+        if self.quant_type in _BLOCKED:
+            return self.block_size
+        if self.group_size is None:
+            return None if self.quant_type == "int8" else 128
+        return None if self.group_size == "whole" else self.group_size
+
+    @property
+    def backend(self) -> Literal["bitsandbytes", "qlx"]:
+        """Whose layers hold the codes in training."""
+        return "bitsandbytes" if self.quant_type in _BLOCKED else "qlx"
 
 
 class TrainingSection(_Section):

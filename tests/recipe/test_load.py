@@ -71,7 +71,7 @@ def test_overrides_apply_and_are_named_in_errors(tmp_path: Path) -> None:
         ("rank: 8", "rnak: 8", r"line 7: unknown field 'adapter.rnak'; did you mean 'rank'"),
         ("rank: 8", "rank: eight", r"line 7: adapter\.rank: .*integer.*'eight'"),
         ("rank: 8", "rank: 0", r"line 7: adapter\.rank: should be greater than 0"),
-        ("nf4", "nf5", r"line 10: quantization\.quant_type: should be 'nf4' or 'fp4'"),
+        ("nf4", "nf5", r"line 10: quantization\.quant_type: should be 'nf4', .* or 'ternary'"),
         (
             "[query, value]",
             "[query, 3]",

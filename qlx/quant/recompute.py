@@ -1,0 +1,36 @@
+"""A product with a weight that is made twice instead of kept: once forward, once backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["linear_remade"]
+
+
+class _RemadeLinear(torch.autograd.Function):
+    """x @ W^T where only the parts that W is made of live on between the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.make = make
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, make(*parts).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight = ctx.make(*ctx.saved_tensors)
+        return gradient @ weight.to(gradient.dtype), None, *(None for _ in ctx.saved_tensors)
+
+
+def linear_remade(x: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+    """X [..., in] times the transpose of `make(*parts)` [out, in], in the dtype of x.
+
+    The weight is frozen: only x gets a gradient. Nothing of the weight's size is saved for the
+    backward pass, whatever autocast says the product stays in the dtype of x.
+    """
+    apply: Callable[..., Tensor] = _RemadeLinear.apply
+    return apply(x, make, *parts)
