@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qlx.cli.trial import Trial
+    from qlx.training import DryRun
     from qlx.verification import EvalResult, Report
 
     Rows = Sequence[Sequence[str]]
@@ -153,6 +154,32 @@ def print_report(console: "Console", data: Mapping[str, Any]) -> None:
     for note in data["notes"]:
         console.print(note)
     console.print("verified" if data["passed"] else "NOT verified", style="bold")
+
+
+def dry_run_data(found: "DryRun", plan: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A dry run: what was found, and the plan of its memory if the base's shape is known."""
+    return {**asdict(found), "plan": plan}
+
+
+def print_dry_run(console: "Console", data: Mapping[str, Any]) -> None:
+    """What would be trained on what, what could not be checked, and the plan."""
+    from qlx.cli.render_plan import print_plan
+
+    console.print(f"{data['recipe']}: {data['task']}, tag {data['tag']}")
+    console.print(f"  base       {data['base'] or 'built from nothing'}")
+    console.print(
+        f"  examples   {data['train_examples']} to train on, {data['eval_examples']} held out"
+    )
+    if data["total_parameters"]:
+        counts = format_count(data["trained_parameters"]), format_count(data["total_parameters"])
+        console.print(f"  trained    {counts[0]} of {counts[1]} parameters")
+    for name in ("adapted", "quantized"):
+        if data[name]:
+            console.print(f"  {name:<10} {len(data[name])} modules, such as {data[name][0]}")
+    for text in data["unchecked"]:
+        console.print(f"  unchecked  {text}")
+    if data["plan"]:
+        print_plan(console, data["plan"])
 
 
 def trial_data(trial: "Trial") -> dict[str, Any]:

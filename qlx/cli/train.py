@@ -1,11 +1,15 @@
 """`qlx train`: a recipe to a run directory."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qlx.cli import options
 from qlx.cli.session import Session
+
+if TYPE_CHECKING:
+    from qlx.recipe import Recipe
 
 
 @options.command(
@@ -42,11 +46,11 @@ def command(
     """
     from qlx.cli import render
     from qlx.recipe import load_recipe
-    from qlx.training import check, train
+    from qlx.training import train
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
-        session.emit(render.dry_run_data(check(loaded), loaded), render.print_dry_run)
+        session.emit(_checked(loaded), render.print_dry_run)
         return
     run = train(
         loaded,
@@ -56,3 +60,24 @@ def command(
         report=session.report,
     )
     session.emit(render.checkpoint_data(run), render.print_made)
+
+
+def _checked(recipe: "Recipe") -> dict[str, Any]:
+    """What a dry run finds, with the memory plan where the base's shape is known."""
+    from qlx.cli import render, render_plan
+    from qlx.errors import InputRefused
+    from qlx.planning import plan_recipe
+    from qlx.training import check
+
+    found = check(recipe)
+    try:
+        plan = render_plan.plan_data(plan_recipe(recipe, device=_device()), None, None)
+    except InputRefused:
+        plan = None
+    return render.dry_run_data(found, plan)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -62,7 +62,7 @@ def _scratch_shape(section: ArchitectureSection) -> Shape:
     if vision:
         config |= {"image_size": section.image_size, "patch_size": section.patch_size}
     else:
-        config |= {"vocab_size": section.vocab_size, "tie_word_embeddings": True}
+        config |= {"vocab_size": section.vocab_size, "tie_word_embeddings": False}
     return shape_from_config(config, f"{section.model_type} from scratch")
 
 
