@@ -1,0 +1,121 @@
+"""Tokenizers and chat templates: the same ids and texts as transformers, and what is refused."""
+
+import json
+
+import pytest
+
+from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
+from qlx.inputs import TextCodec, TextExample, load_tokenizer, render_chat, train_tokenizer
+
+TEXTS = ["def add(a, b):\n    return a + b\n" * 20, "class Ünïcode:\n    '''Doc.'''\n" * 20]
+CHAT = ({"role": "user", "content": "Document this: def f()"}, {"role": "assistant", "content": "Return f."})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    for name, content in train_tokenizer(TEXTS, 300).items():
+        (path / name).write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def codec(directory):
+    return TextCodec.from_directory(directory)
+
+
+def test_training_is_deterministic(directory):
+    again = train_tokenizer(TEXTS, 300)
+    assert {name: (directory / name).read_bytes() for name in again} == again
+    assert train_tokenizer(TEXTS[:1], 300) != again
+
+
+def test_vocabulary_has_every_byte():
+    with pytest.raises(Unsupported, match="261"):
+        train_tokenizer(TEXTS, 200)
+
+
+def test_same_ids_as_transformers(directory, codec):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directory)
+    for text in [*TEXTS, "naïve 中文 \x00 tab\t"]:
+        assert codec.tokenizer.encode(text).ids == theirs(text)["input_ids"]
+        assert codec.decode(codec.tokenizer.encode(text).ids) == text
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (codec.pad_id, codec.end_id)
+    rendered = theirs.apply_chat_template(list(CHAT[:1]), add_generation_prompt=True, tokenize=False)
+    assert codec.chat(CHAT[:1], answer_next=True) == rendered == "<|user|>Document this: def f()<|end|><|assistant|>"
+
+
+def test_answer_is_told_from_the_prompt(codec):
+    prompt, answer = codec.parts(TextExample(messages=CHAT))
+    assert codec.tokenizer.decode(answer, skip_special_tokens=False) == "Return f.<|end|>"
+    assert codec.tokenizer.decode(prompt, skip_special_tokens=False).endswith("<|assistant|>")
+    assert codec.decode(prompt + answer) == "Document this: def f()Return f."
+
+
+def test_labels_hide_the_prompt_only_when_asked(codec):
+    example = TextExample(prompt="def f(", completion="a):")
+    prompt, completion = codec.parts(example)
+    assert completion[-1] == codec.end_id
+    ids, labels = codec.encode(example, 64, completion_only=True)
+    assert ids == prompt + completion
+    assert labels == [-100] * len(prompt) + completion
+    assert codec.encode(example, 64, completion_only=False)[1] == ids
+
+
+def test_too_long_prompt_loses_its_beginning(codec):
+    example = TextExample(prompt=TEXTS[0], completion="done")
+    prompt, completion = codec.parts(example)
+    ids, labels = codec.encode(example, 20, completion_only=True)
+    assert len(ids) == len(labels) == 20
+    assert ids[-len(completion) :] == completion
+    assert ids[: 20 - len(completion)] == prompt[len(completion) - 20 :]
+
+
+def test_special_tokens_as_objects_and_named_templates(directory, tmp_path):
+    config = {
+        "eos_token": {"content": "<|end|>", "lstrip": False},
+        "chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ eos_token }}!"}],
+    }
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    codec = TextCodec.from_directory(tmp_path)
+    assert codec.pad_id == codec.end_id
+    assert codec.chat(CHAT, answer_next=False) == "<|end|>!"
+
+
+def test_wrong_files_are_refused(directory, tmp_path):
+    with pytest.raises(InputRefused, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CorruptCheckpoint):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|nowhere|>"}')
+    with pytest.raises(CorruptCheckpoint, match="nowhere"):
+        TextCodec.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ ''.__class__.__mro__ }}", UnsafeInput),
+        ("{{ messages.append(1) }}", UnsafeInput),
+        ("{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", UnsafeInput),
+        ("x" * 300_000, UnsafeInput),
+        ("{{ raise_exception('roles must alternate') }}", InputRefused),
+        ("{% for %}", InputRefused),
+    ],
+)
+def test_templates_stay_in_the_sandbox(template, error):
+    with pytest.raises(error):
+        render_chat(template, CHAT, answer_next=False)
+
+
+def test_template_that_rewrites_the_prompt_is_refused(codec):
+    import dataclasses
+
+    rewriting = dataclasses.replace(codec, template="{{ messages | length }}{{ messages[-1]['content'] }}")
+    with pytest.raises(InputRefused, match="rewrites"):
+        rewriting.parts(TextExample(messages=CHAT))
