@@ -159,9 +159,9 @@ def with_quantized_names(model: nn.Module, spec: QuantSpec, directory: Path) -> 
     Raises:
         Unsupported: a quantized weight has no tensor of its own in the base's files.
     """
-    from qlx.quant import linear4bit_modules
+    from qlx.quant import packed_modules
 
-    modules = sorted(name for name, _ in linear4bit_modules(model))
+    modules = sorted(name for name, _ in packed_modules(model))
     stored = tensor_names(model, directory)
     missing = [name for name in modules if f"{name}.weight" not in stored]
     if missing:
@@ -173,10 +173,10 @@ def with_quantized_names(model: nn.Module, spec: QuantSpec, directory: Path) -> 
 
 def quantized_fingerprint(model: nn.Module, stored: Mapping[str, str]) -> str:
     """Fingerprint of all codes and scales, by the names `stored` gives the weights on disk."""
-    from qlx.quant import linear4bit_modules, packed_fingerprint, packed_of_module
+    from qlx.quant import packed_fingerprint, packed_modules, packed_of_module
 
     return packed_fingerprint(
-        (stored[f"{name}.weight"], packed_of_module(layer)) for name, layer in linear4bit_modules(model)
+        (stored[f"{name}.weight"], packed_of_module(layer)) for name, layer in packed_modules(model)
     )
 
 

@@ -39,12 +39,14 @@ class WeightFormat:
         return self.name not in ("float32", "bfloat16", "float16")
 
 
-def weight_format(name: str, *, group_size: int = 64, double_quant: bool = False) -> WeightFormat:
+def weight_format(
+    name: str, *, group_size: int = 64, double_quant: bool = False, scale_bytes: int = 2
+) -> WeightFormat:
     """The storage of `name`: float32, bfloat16, float16, nf4, fp4, int8, int4 or ternary.
 
     NF4 and FP4 keep one fp32 scale a group, or with double quantization one byte a group and one
-    fp32 scale for 256 groups (Dettmers et al. 2023, §3). int8 and int4 keep an fp16 scale and a zero
-    of the codes' width a group; ternary an fp16 scale a group.
+    fp32 scale for 256 groups (Dettmers et al. 2023, §3). int8 and int4 keep a scale of `scale_bytes`
+    and a zero of the codes' width a group; ternary a scale a group.
 
     Raises:
         UsageError: a name outside that list.
@@ -57,9 +59,9 @@ def weight_format(name: str, *, group_size: int = 64, double_quant: bool = False
         scale = 1 + 4 / 256 if double_quant else 4
         return WeightFormat(name, 4, scale / group_size)
     if name in integers:
-        return WeightFormat(name, integers[name], (2 + integers[name] / 8) / group_size)
+        return WeightFormat(name, integers[name], (scale_bytes + integers[name] / 8) / group_size)
     if name == "ternary":
-        return WeightFormat(name, 2, 2 / group_size)
+        return WeightFormat(name, 2, scale_bytes / group_size)
     raise UsageError(
         f"unknown weight format {name!r}: "
         "float32, bfloat16, float16, nf4, fp4, int8, int4 and ternary are known"

@@ -17,6 +17,7 @@ from qlx.recipe import Recipe
 from qlx.recipe.schema import ArchitectureSection, BaseSection
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WHOLE = 4096  # values a scale serves where it serves a whole row or tensor: the cost is next to none
 
 
 def plan_recipe(recipe: Recipe, *, device: str = "cuda") -> Plan:
@@ -77,7 +78,8 @@ def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
     if quantization:
         weights = weight_format(
             quantization.quant_type,
-            group_size=quantization.block_size,
+            group_size=quantization.values_per_scale or _WHOLE,
+            scale_bytes=_WIDTH[quantization.scale_dtype],
             double_quant=quantization.double_quant,
         )
     else:

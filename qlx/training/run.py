@@ -77,7 +77,8 @@ def train(
         InputRefused: the base or the data cannot be used.
         CheckFailed: the loss is no number, or what was written does not replay.
     """
-    for module in ("transformers", "peft" if recipe.adapter else "torch", "bitsandbytes" if recipe.quantization else "torch"):
+    packed = recipe.quantization.backend if recipe.quantization else "qlx"
+    for module in ("transformers", "peft" if recipe.adapter else "torch", "torch" if packed == "qlx" else packed):
         require(module, "train")
     output = Path(output)
     if output.exists() and not force:
