@@ -150,7 +150,8 @@ class QuantizationSection(_Section):
 
     @model_validator(mode="after")
     def _fits_type(self) -> Self:
-        given = self.model_fields_set
+        fields = type(self).model_fields
+        given = {name for name in fields if getattr(self, name) != fields[name].default}
         wrong = {"group_size", "symmetric", "scale_dtype", "activation_bits"} & given
         if self.quant_type not in _BLOCKED:
             wrong = {"block_size"} & given
