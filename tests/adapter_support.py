@@ -159,7 +159,7 @@ def make_adapter(base: Path, target: Path, case: Case) -> Checkpoint:
     quant = case.quant if case.quant.quantized else None
     model = load_base(base, task, quant=quant, dtype=torch_float(case.stored))
     spec = with_quantized_names(model, case.quant, base) if quant is not None else NONE
-    spec = spec.model_copy(update={"extras": {STORED_DTYPE: case.stored}})
+    spec = spec.model_copy(update={"extras": spec.extras | {STORED_DTYPE: case.stored}})
     adapted = _attach(model, case, task)
     draw(adapted, case.size, case.seed)
     record = adapter_spec(adapted, tensor_names(adapted, base))

@@ -5,8 +5,8 @@ every reader of a foreign layout go through it, so they agree bit for bit. A wei
 along its inputs into groups that share a scale. Where the codes and scales come from:
 
 - *ternary*: scale = mean magnitude, code = round(w / scale) clipped to {-1, 0, 1} (The Era of 1-bit
-  LLMs, arXiv 2402.17764, equations 1 to 3); with one scale a tensor, codes and values equal those of
-  transformers' own BitNet layers in online mode, bit for bit.
+  LLMs, arXiv 2402.17764, equations 1 to 3); with one scale a tensor, codes equal those of
+  transformers' own BitNet layers in online mode, and the scale up to the last bit of a mean.
 - *int8*, *int4* symmetric: scale = absmax / 127 (LLM.int8(), arXiv 2208.07339) and absmax / 7.5, the
   grid of GPTQ (arXiv 2210.17323), rounded to nearest.
 - asymmetric: scale = range / (2^b - 1) and a zero point inside the grid, as in GPTQ and AWQ (arXiv
@@ -180,8 +180,9 @@ def _blocks(weight: Tensor, group_size: int | None, *, whole: bool) -> Tensor:
 
 def _symmetric_scales(blocks: Tensor, scheme: IntegerScheme) -> Tensor:
     if scheme == "ternary":
-        mean = blocks.abs().mean(dim=-1, keepdim=True).clamp(min=_SMALLEST_MEAN)
-        return 1.0 / (1.0 / mean)  # so that 1 / scale is 1 / mean exactly, what BitNet scales with
+        # summed in float64, whose result does not depend on threads or the width of vectors
+        mean = blocks.abs().mean(dim=-1, keepdim=True, dtype=torch.float64).float()
+        return 1.0 / (1.0 / mean.clamp(min=_SMALLEST_MEAN))  # BitNet's: 1 / scale is 1 / mean
     return blocks.abs().amax(dim=-1, keepdim=True) / _LARGEST[scheme]
 
 
