@@ -15,13 +15,17 @@ from qlx.adapters.attach import (
     save_adapter,
 )
 from qlx.adapters.config import AdapterConfig, read_config
+from qlx.adapters.experts import split_experts
 from qlx.adapters.formula import (
     LoraDelta,
+    TokenRows,
     delta_bias,
+    delta_of_expert,
     delta_shape,
     delta_weight,
     merged_weight,
     scaling_of,
+    with_rows,
 )
 from qlx.adapters.names import disk_names
 from qlx.adapters.reader import AdapterWeights, read_adapter
@@ -30,11 +34,13 @@ __all__ = [
     "AdapterConfig",
     "AdapterWeights",
     "LoraDelta",
+    "TokenRows",
     "adapted_modules",
     "adapter_spec",
     "attach_adapter",
     "auto_targets",
     "delta_bias",
+    "delta_of_expert",
     "delta_shape",
     "delta_weight",
     "disk_names",
@@ -46,4 +52,6 @@ __all__ = [
     "read_config",
     "save_adapter",
     "scaling_of",
+    "split_experts",
+    "with_rows",
 ]

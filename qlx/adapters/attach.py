@@ -217,17 +217,38 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trained, total
 
 
+def _adapted_weights(peft_model: Any) -> list[str]:
+    """Names of the modules whose `weight` carries an adapter, fused experts left out."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+
+    found: dict[str, None] = {}
+    for name, module in peft_model.get_base_model().named_modules():
+        bare = isinstance(module, ParamWrapper) and module.parameter_name != "weight"
+        if isinstance(module, LoraLayer) and not bare:
+            found[name.replace(".base_layer", "")] = None
+    return list(found)
+
+
+def _tied_copies(peft_model: Any) -> list[str]:
+    """Names of weights that the base does not store, because they are another one's: a tied head."""
+    base = peft_model.get_base_model()
+    tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    return list(getattr(base, "_tied_weights_keys", None) or ()) if tied else []
+
+
 def adapter_spec(peft_model: Any, names: Mapping[str, str]) -> AdapterSpec:
     """What the manifest says about an adapter.
 
     `names` maps parameters of the base model in memory to tensors in the base's files
-    (`qlx.models.tensor_names`); those of the adapted modules are recorded.
+    (`qlx.models.tensor_names`); those of the adapted modules are recorded, but for fused experts,
+    which have no tensor of their own (`split_experts` finds theirs).
 
     Raises:
         Mismatch: `names` lacks the weight of an adapted module.
     """
     config = peft_model.peft_config["default"]
-    modules = adapted_modules(peft_model)
+    modules = _adapted_weights(peft_model)
+    names = {**{name: name for name in _tied_copies(peft_model)}, **names}
     missing = [module for module in modules if f"{module}.weight" not in names]
     if missing:
         raise Mismatch(f"adapted module {missing[0]!r} has no weight in the base's files")
@@ -241,7 +262,7 @@ def adapter_spec(peft_model: Any, names: Mapping[str, str]) -> AdapterSpec:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         bias=config.bias,
-        targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets or ())),
         tensors={module: names[f"{module}.weight"] for module in modules},
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),

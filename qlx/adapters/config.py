@@ -38,8 +38,6 @@ _REFUSED = {
     "lora_ga_config": "LoRA-GA changed the base weights",
     "megatron_config": "Megatron's sharded layers are not handled",
     "monteclora_config": "its weights are random variables",
-    "target_parameters": "adapters on bare parameters (experts) are not handled",
-    "trainable_token_indices": "single trained token embeddings are not handled",
     "use_bdlora": "block-diagonal factors are not handled",
     "use_qalora": "pooled inputs (QA-LoRA) are not handled",
     "velora_config": "VeLoRA layers are not handled",
@@ -59,6 +57,8 @@ class AdapterConfig:
 
     `rank_pattern` and `alpha_pattern` map a module's name, its ending, or a regular expression for
     it to another rank or alpha, in the order of the file; the first that matches counts.
+    `token_indices` maps the ending of an embedding's name ("" for the input embedding, whatever it
+    is called) to the rows that were trained alone.
     """
 
     rank: int
@@ -70,6 +70,8 @@ class AdapterConfig:
     lora_bias: bool = False
     fan_in_fan_out: bool = False
     target_modules: str | tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -88,6 +90,18 @@ class AdapterConfig:
         """The factor on B @ A for a module."""
         alpha, rank = self.alpha_of(module), self.rank_of(module)
         return scaling_of(alpha, rank, use_rslora=self.use_rslora)
+
+    def parameters_of(self, module: str) -> tuple[str, ...]:
+        """Names of the parameters of `module` itself that are targets, as opposed to the module."""
+        owners = (target.rpartition(".") for target in self.target_parameters)
+        return tuple(name for owner, _, name in owners if f".{module}".endswith(f".{owner}"))
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The rows of an embedding that were trained alone; None if the file names none for it."""
+        for ending, indices in self.token_indices.items():
+            if not ending or f".{module}".endswith(f".{ending}"):
+                return indices
+        return None
 
 
 def pattern_matches(key: str, module: str) -> bool:
@@ -164,6 +178,8 @@ class _Reader:
             lora_bias=self.take("lora_bias", bool, False),
             fan_in_fan_out=self.take("fan_in_fan_out", bool, False),
             target_modules=self._names("target_modules"),
+            target_parameters=tuple(self._names("target_parameters")),
+            token_indices=self._tokens(),
             modules_to_save=tuple(self._names("modules_to_save")),
             rank_pattern=self._patterns("rank_pattern", int),
             alpha_pattern=self._patterns("alpha_pattern", (int, float)),
@@ -188,6 +204,18 @@ class _Reader:
         if not all(isinstance(entry, str) for entry in entries):
             raise CorruptCheckpoint(f"{self.path}: {name} holds something that is not a name")
         return value if isinstance(value, str) else tuple(sorted(entries))
+
+    def _tokens(self) -> dict[str, tuple[int, ...]]:
+        value = self.take("trainable_token_indices", (list, dict), {})
+        named = {"": value} if value and isinstance(value, list) else dict(value)
+        for module, indices in named.items():
+            whole = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+            if not whole or not indices or len(set(indices)) != len(indices):
+                raise CorruptCheckpoint(
+                    f"{self.path}: trainable_token_indices[{module!r}] is {str(indices)[:60]}, expected "
+                    "different token numbers"
+                )
+        return {module: tuple(indices) for module, indices in named.items()}
 
     def _patterns(self, name: str, kind: type | tuple[type, ...]) -> dict[str, Any]:
         value: dict[str, Any] = self.take(name, dict, {})

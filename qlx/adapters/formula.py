@@ -4,7 +4,7 @@ LoRA (arXiv 2106.09685), rsLoRA's scaling (arXiv 2312.03732) and DoRA's magnitud
 2402.09353). Everything is computed in float32; the caller rounds once to the target dtype.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal
 
@@ -13,7 +13,20 @@ from torch import Tensor
 
 from qlx.errors import InputRefused, Mismatch
 
-__all__ = ["LoraDelta", "delta_bias", "delta_shape", "delta_weight", "merged_weight", "scaling_of"]
+__all__ = [
+    "Kind",
+    "LoraDelta",
+    "TokenRows",
+    "delta_bias",
+    "delta_of_expert",
+    "delta_shape",
+    "delta_weight",
+    "merged_weight",
+    "scaling_of",
+    "with_rows",
+]
+
+Kind = Literal["linear", "embedding", "conv2d", "parameter", "experts"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,9 @@ class LoraDelta:
     linear: `a` [r, in], `b` [out, r], magnitude [out].
     embedding: `a` [r, vocabulary], `b` [dim, r], magnitude [dim]; the weight is [vocabulary, dim].
     conv2d: `a` [r, in, kh, kw], `b` [out, r, 1, 1], magnitude [out]; the weight is [out, in, kh, kw].
+    parameter: a bare parameter [rows, columns] with `a` [r, columns], `b` [rows, r], never transposed.
+    experts: the weights of n experts as one parameter [n, out, in], with `a` [n r, in] (expert by
+    expert) and `b` [out, r n] (the expert counts fastest); see `delta_of_expert`.
     `fan_in_fan_out` says that a linear weight is stored as [in, out] (transformers' `Conv1D`).
     `bias` [out] is the bias of B, added to the module's own after scaling.
     """
@@ -33,18 +49,28 @@ class LoraDelta:
     scaling: float
     magnitude: Tensor | None = None
     bias: Tensor | None = None
-    kind: Literal["linear", "embedding", "conv2d"] = "linear"
+    kind: Kind = "linear"
     fan_in_fan_out: bool = False
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        """r, the rows of A."""
-        return self.a.shape[0]
+        """r, the rows of A (of each expert's, where there are experts)."""
+        return self.a.shape[0] // self.experts
 
     @property
     def _out_axis(self) -> int:
         """The axis of the stored weight that counts outputs, along which DoRA has magnitudes."""
         return 1 if self.kind == "embedding" or self.fan_in_fan_out else 0
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """New rows of one embedding: `values` [n, dim] replace the rows `indices` (n different ones)."""
+
+    module: str
+    indices: tuple[int, ...]
+    values: Tensor
 
 
 def scaling_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
@@ -56,18 +82,50 @@ def delta_shape(delta: LoraDelta) -> tuple[int, ...]:
     """The shape of the weight that the delta belongs to, as stored."""
     if delta.kind == "conv2d":
         return (delta.b.shape[0], *delta.a.shape[1:])
+    if delta.kind == "experts":
+        return (delta.experts, delta.b.shape[0], delta.a.shape[1])
     shape = (delta.b.shape[0], delta.a.shape[1])
     return shape[::-1] if delta._out_axis else shape
 
 
 def delta_weight(delta: LoraDelta) -> Tensor:
     """The product scaling * B @ A in float32, in the shape and orientation of the stored weight."""
+    if delta.kind == "experts":
+        return torch.stack([delta_weight(delta_of_expert(delta, e)) for e in range(delta.experts)])
     a = delta.a.float().flatten(1)
     b = delta.b.float().flatten(1)
     product: Tensor = (b @ a) * delta.scaling
     if delta._out_axis:
         product = product.T
     return product.reshape(delta_shape(delta))
+
+
+def delta_of_expert(delta: LoraDelta, expert: int, rows: slice | None = None) -> LoraDelta:
+    """The update of one expert's own weight [out, in], or of some of its rows, as a linear one.
+
+    PEFT (`lora.ParamWrapper`) stores A as [n, r, in] and B as [out, r, n], flattened.
+    """
+    rank, count = delta.rank, delta.experts
+    a = delta.a[expert * rank : (expert + 1) * rank]
+    b = delta.b.reshape(delta.b.shape[0], rank, count)[:, :, expert]
+    b = b if rows is None else b[rows]
+    return replace(delta, a=a, b=b.contiguous(), kind="linear", experts=1)
+
+
+def with_rows(base: Tensor, rows: TokenRows) -> Tensor:
+    """A copy of an embedding [vocabulary, dim] in float32 with some rows replaced.
+
+    Raises:
+        Mismatch: a row is not in the embedding, or has another width.
+    """
+    if max(rows.indices) >= base.shape[0] or rows.values.shape[1] != base.shape[1]:
+        raise Mismatch(
+            f"module {rows.module!r}: the embedding is {list(base.shape)}, the adapter replaces row "
+            f"{max(rows.indices)} of width {rows.values.shape[1]}"
+        )
+    changed = base.to(torch.float32, copy=True)
+    changed[list(rows.indices)] = rows.values.float()
+    return changed
 
 
 def merged_weight(base: Tensor, delta: LoraDelta) -> Tensor:

@@ -13,7 +13,7 @@ from qlx.errors import Mismatch
 
 __all__ = ["disk_names"]
 
-# In memory -> on disk, for ViT, DeiT, BEiT and DINOv2 (transformers 5.23); each rule may apply or
+# In memory -> on disk, for ViT, DeiT, BEiT, DINOv2 and Mixtral (transformers 5.23); each rule may apply or
 # not, since the models share only some of them.
 _RULES = (
     (r"\blayers\.(\d+)\.", r"encoder.layer.\1."),
@@ -23,6 +23,7 @@ _RULES = (
     (r"\battention\.o_proj\b", "attention.output.dense"),
     (r"\bmlp\.fc1\b", "intermediate.dense"),
     (r"\bmlp\.fc2\b", "output.dense"),
+    (r"\bmlp\.gate\b", "block_sparse_moe.gate"),  # Mixtral
 )
 
 

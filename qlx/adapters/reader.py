@@ -1,14 +1,14 @@
 """Reading a PEFT adapter directory without PEFT: every tensor is understood or refused by name."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qlx.adapters.config import AdapterConfig, read_config
-from qlx.adapters.formula import LoraDelta
+from qlx.adapters.formula import Kind, LoraDelta, TokenRows
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, UnsafeInput, Unsupported
 from qlx.weights import read_tensors
 
@@ -18,7 +18,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_EMBEDDINGS = ("embed_tokens", "lm_head")
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
+_WRAPPER = ".base_layer"
+# Targeted parameters of one module in the order in which PEFT wraps them: the last one is outermost.
+_WRAPPED = ("gate_up_proj", "down_proj")
 
 # Ending of a tensor's name -> the part of a module's update that it holds.
 _PARTS = {
@@ -29,26 +32,30 @@ _PARTS = {
     ".lora_embedding_B": "embedding_b",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "rows",
 }
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """An adapter: its configuration, an update per module, and parameters saved whole.
+    """An adapter: its configuration, an update per module, parameters saved whole, embedding rows.
 
-    `deltas` by module name and `saved` by parameter name, both as in the model in memory.
-    A saved parameter replaces the base's before any delta is added to it.
+    `deltas` and `rows` by module name (that of the parameter itself for fused experts), `saved` by
+    parameter name, all as in the model in memory. A saved parameter replaces the base's before any
+    delta is added to it.
     """
 
     config: AdapterConfig
     deltas: dict[str, LoraDelta]
     saved: dict[str, Tensor]
+    rows: dict[str, TokenRows] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
         """Number of trained values in the adapter."""
         parts = [p for d in self.deltas.values() for p in (d.a, d.b, d.magnitude, d.bias)]
-        return sum(p.numel() for p in (*parts, *self.saved.values()) if p is not None)
+        whole = [*self.saved.values(), *(rows.values for rows in self.rows.values())]
+        return sum(p.numel() for p in (*parts, *whole) if p is not None)
 
     def without_effect(self) -> list[str]:
         """Modules whose update is exactly zero (an untrained adapter: B is zero)."""
@@ -62,7 +69,9 @@ class AdapterWeights:
 
 
 def read_adapter(directory: Path) -> AdapterWeights:
-    """Read a PEFT LoRA directory (LoRA, rsLoRA, DoRA, on linear, embedding and conv2d layers).
+    """Read a PEFT LoRA directory: LoRA, rsLoRA or DoRA, parameters saved whole, single trained tokens.
+
+    The layers may be linear, embeddings or 2-d convolutions, bare parameters or fused experts.
 
     Raises:
         CorruptCheckpoint: a file is missing or malformed, or a tensor's partner is missing.
@@ -90,8 +99,23 @@ def read_adapter(directory: Path) -> AdapterWeights:
             parts.setdefault(name.removesuffix(ending), {})[_PARTS[ending]] = tensor
     if not parts and not whole:
         raise CorruptCheckpoint(f"{path} holds no tensor")
-    deltas = {module: _delta(path, config, module, found) for module, found in parts.items()}
-    return AdapterWeights(config, deltas, _saved(path, config, deltas, whole))
+    rowed = [module for module, found in parts.items() if "rows" in found]
+    rows = {module: _rows(path, config, module, parts.pop(module)) for module in rowed}
+    updates = [_delta(path, config, module, found) for module, found in parts.items()]
+    deltas = {delta.module: delta for delta in updates}
+    if len(deltas) != len(updates):
+        raise CorruptCheckpoint(f"{path}: two updates are for the same module or parameter")
+    for field_name, wanted, there in (
+        ("trainable_token_indices", config.token_indices, rows),
+        ("target_parameters", config.target_parameters, _of_parameters(deltas)),
+    ):
+        if wanted and not there:
+            raise Mismatch(f"{path}: {field_name} is {', '.join(wanted)!r}, but none is stored")
+    return AdapterWeights(config, deltas, _saved(path, config, deltas, whole), rows)
+
+
+def _of_parameters(deltas: Mapping[str, LoraDelta]) -> list[str]:
+    return [name for name, delta in deltas.items() if delta.kind in ("parameter", "experts")]
 
 
 def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:
@@ -101,6 +125,20 @@ def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:
         raise Unsupported(f"{path}: tensor {key!r} has dtype {tensor.dtype}, expected a float")
     if not bool(torch.isfinite(tensor).all()):
         raise InputRefused(f"{path}: tensor {key!r} holds NaN or infinite values")
+
+
+def _rows(path: Path, config: AdapterConfig, module: str, parts: Mapping[str, Tensor]) -> TokenRows:
+    where, values, indices = f"{path}: module {module!r}", parts["rows"], config.tokens_of(module)
+    if len(parts) > 1:
+        raise Unsupported(
+            f"{where}: single trained tokens and LoRA on one embedding are not handled"
+        )
+    if indices is None or values.dim() != 2 or values.shape[0] != len(indices):
+        named = "no tokens" if indices is None else f"{len(indices)} tokens"
+        raise Mismatch(
+            f"{where}: {list(values.shape)} trained rows, trainable_token_indices names {named}"
+        )
+    return TokenRows(module, indices, values)
 
 
 def _delta(
@@ -118,20 +156,58 @@ def _delta(
         raise CorruptCheckpoint(f"{where}: A {list(a.shape)} and B {list(b.shape)} do not fit")
     if conv and tuple(b.shape[2:]) != (1, 1):
         raise Unsupported(f"{where}: B of a convolution has kernel {list(b.shape[2:])}, not 1 x 1")
-    if a.shape[0] != config.rank_of(module):
+    module, parameter = _target(where, config, module)
+    full = module if parameter is None else f"{module}.{parameter}"  # patterns match this
+    fused = parameter not in (None, "weight")
+    experts = _experts(where, config, full, a) if fused else 1
+    if a.shape[0] != config.rank_of(full) * experts:
         raise Mismatch(
-            f"{where}: A has rank {a.shape[0]}, the configuration says {config.rank_of(module)}"
+            f"{where}: A has rank {a.shape[0]}, the configuration says {config.rank_of(full)}"
         )
+    kind: Kind = "embedding" if embedding else "conv2d" if conv else "linear"
+    if parameter is not None:
+        kind = "experts" if fused else "parameter"
     return LoraDelta(
-        module=module,
+        module=full if fused else module,
         a=a,
         b=b,
-        scaling=config.scaling_for(module),
+        scaling=config.scaling_for(full),
         magnitude=_magnitude(where, config, parts, b.shape[0]),
         bias=_lora_bias(where, config, parts, b.shape[0]),
-        kind="embedding" if embedding else "conv2d" if conv else "linear",
-        fan_in_fan_out=config.fan_in_fan_out and not embedding and not conv,
+        kind=kind,
+        fan_in_fan_out=config.fan_in_fan_out and kind == "linear",
+        experts=experts,
     )
+
+
+def _target(where: str, config: AdapterConfig, module: str) -> tuple[str, str | None]:
+    """The module of an update, and the parameter of it that is meant if it is not the module itself.
+
+    PEFT wraps a module once for each of its targeted parameters; the inner ones lie under
+    `base_layer`.
+    """
+    depth, owner = module.count(_WRAPPER), module.replace(_WRAPPER, "")
+    parameters = config.parameters_of(owner)
+    if not parameters and depth == 0:
+        return owner, None
+    ordered = [name for name in _WRAPPED if name in parameters]
+    if len(parameters) == 1 and depth == 0:
+        return owner, parameters[0]
+    if sorted(ordered) != sorted(parameters) or depth >= len(ordered):
+        raise Unsupported(
+            f"{where}: which of the target_parameters it belongs to ({', '.join(parameters) or 'none'}) is not known"
+        )
+    return owner, ordered[len(ordered) - 1 - depth]
+
+
+def _experts(where: str, config: AdapterConfig, name: str, a: Tensor) -> int:
+    """How many experts share a fused parameter, from the rows of A."""
+    count, rest = divmod(a.shape[0], config.rank_of(name))
+    if rest or a.dim() != 2:
+        raise Mismatch(
+            f"{where}: A {list(a.shape)} is not of rank {config.rank_of(name)} for each expert"
+        )
+    return count
 
 
 def _magnitude(

@@ -1,7 +1,8 @@
 """Folding an adapter into its base's weights: plan first, then stream, then prove it on the probe."""
 
+from qlx.merging.change import Change
 from qlx.merging.merge import adapter_checkpoint, merge, plan_of, write_merged
-from qlx.merging.plan import Change, MergePlan, Onto, choose_onto, plan_merge
+from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.values import (
     MAX_ERASED,
     Rounding,

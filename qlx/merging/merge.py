@@ -19,6 +19,7 @@ from qlx.checkpoint import (
     open_checkpoint,
 )
 from qlx.errors import InputRefused, Unsupported, UsageError
+from qlx.merging.change import Change
 from qlx.merging.companions import (
     carry_probe,
     copy_companions,
@@ -26,7 +27,7 @@ from qlx.merging.companions import (
     read_config,
     write_config,
 )
-from qlx.merging.plan import Change, MergePlan, Onto, choose_onto, plan_merge
+from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.stream import copy_file, load_tensor, overwrite, pieces, write_shards
 from qlx.merging.values import MAX_ERASED, Rounding, check_effect, merged_value, require_codes
 from qlx.models import STORED_DTYPE
@@ -72,7 +73,7 @@ def merge(
             roundings = write_merged(plan, staging)
             erased = check_effect(roundings, max_erased, main_dtype(plan))
             copy_companions(staging, source.path, adapter.path)
-            write_config(staging, read_config(adapter.path), main_dtype(plan))
+            write_config(staging, {**read_config(adapter.path), **plan.config}, main_dtype(plan))
             carry_probe(adapter, staging)
             manifest = _manifest(adapter, source, plan, erased, len(roundings))
             tell("replaying the probe on the merged files")
@@ -142,7 +143,7 @@ def plan_of(
         read_adapter(adapter.path),
         onto=chosen,
         dtype=dtype,
-        tied=bool(read_config(source.path).get("tie_word_embeddings", False)),
+        config=read_config(source.path),
     )
     require_codes(plan)
     return plan

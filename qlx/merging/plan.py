@@ -5,48 +5,33 @@ every change names a tensor that fits; anything else is refused here.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 
-from qlx.adapters import AdapterWeights, LoraDelta, delta_bias, delta_shape, disk_names
+from qlx.adapters import (
+    AdapterWeights,
+    LoraDelta,
+    TokenRows,
+    delta_bias,
+    delta_shape,
+    disk_names,
+    split_experts,
+)
 from qlx.checkpoint import AdapterSpec, Manifest, QuantSpec
 from qlx.errors import Mismatch, Unsupported
-from qlx.models import STORED_DTYPE
+from qlx.merging.change import Change
+from qlx.merging.tied import EMBEDDINGS, HEAD, Tied, check_vocabulary, settle, tied_embedding
+from qlx.models import STORED_DTYPE, stores_transposed
 from qlx.weights import WeightSet, torch_dtype_name
 
 __all__ = ["FLOATS", "Change", "MergePlan", "Onto", "choose_onto", "plan_merge"]
 
+T = TypeVar("T")
 Onto = Literal["as-trained", "original"]
 FLOATS: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The dtypes a merge can write: names as the command takes them, to names in safetensors."""
-
-_TIED = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_out.weight")
-
-
-@dataclass(frozen=True)
-class Change:
-    """One tensor of the merged model that differs from the base's.
-
-    `dtype` is the safetensors name it is written in, `shape` its shape. In this order: `value`, a
-    tensor that was trained whole, replaces the base's, which otherwise is taken as training saw it
-    (`as_trained`: loaded in training's dtype and through its codec) or as it is; then the weight's
-    `delta` or, for a bias, `addend` is added.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    as_trained: bool = False
-    value: torch.Tensor | None = None
-    delta: LoraDelta | None = None
-    addend: torch.Tensor | None = None
-
-    @property
-    def adapted(self) -> bool:
-        """Whether the adapter changes this tensor, as opposed to the codec alone."""
-        return self.value is not None or self.delta is not None or self.addend is not None
 
 
 @dataclass(frozen=True)
@@ -54,6 +39,7 @@ class MergePlan:
     """A checked merge: the base's files, the changes by tensor name, and the dtype of all floats.
 
     `cast` is the safetensors dtype that every float tensor is written in, None to keep each one's.
+    `config` holds the fields of `config.json` that the merge changes.
     """
 
     weights: WeightSet
@@ -61,6 +47,7 @@ class MergePlan:
     onto: Onto
     changes: Mapping[str, Change]
     cast: str | None
+    config: Mapping[str, object] = field(default_factory=dict)
 
     def dtype_of(self, name: str) -> str:
         """The safetensors dtype that tensor `name` is written in."""
@@ -114,17 +101,17 @@ def plan_merge(
     *,
     onto: Onto,
     dtype: str | None,
-    tied: bool,
+    config: Mapping[str, object],
 ) -> MergePlan:
     """Decide what happens to each tensor of the base.
 
-    `dtype` is float32, bfloat16, float16 or None (each tensor keeps its own); `tied` says that the
-    model's input and output embeddings are one tensor.
+    `dtype` is float32, bfloat16, float16 or None (each tensor keeps its own); `config` is the
+    base's `config.json`.
 
     Raises:
         Mismatch: a target is not in the base, has another shape, or the adapter lacks a module
             that its record lists.
-        Unsupported: a tied embedding would be changed on one side only, or an unknown dtype.
+        Unsupported: an update whose meaning is not known, or an unknown dtype.
     """
     if dtype is not None and dtype not in FLOATS:
         raise Unsupported(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
@@ -132,32 +119,116 @@ def plan_merge(
         raise Mismatch(f"checkpoint {manifest.tag!r} holds no adapter to merge")
     as_trained = onto == "as-trained"
     seen = _seen_otherwise(weights, manifest.quantization) if as_trained else frozenset()
-    values = _saved(weights, manifest.adapter, adapter)
-    deltas = _deltas(weights, manifest.adapter, adapter, values)
-    addends = _addends(weights, deltas, values)
+    base = _Base(weights, manifest.adapter, str(config.get("model_type")), _tied(weights, config))
+    updates = _updates(base, adapter)
     cast = None if dtype is None else FLOATS[dtype]
-    changes = {}
-    for name in sorted({*seen, *values, *deltas, *addends}):
-        value = values.get(name)
-        own = weights[name].dtype if name in weights else torch_dtype_name(_known(value).dtype)
-        shape = weights[name].shape if value is None else tuple(value.shape)
-        changes[name] = Change(
+    changes = {
+        name: updates.change(name, base, cast, as_trained)
+        for name in sorted({*seen, *updates.names})
+    }
+    if base.tied is not None:
+        changes = settle(changes, base.tied, head_stored=HEAD in weights)
+    fields = _config_fields(weights, changes)
+    return MergePlan(weights, manifest.quantization, onto, changes, cast, fields)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base as an adapter's names find their way into it."""
+
+    weights: WeightSet
+    spec: AdapterSpec
+    model_type: str
+    tied: Tied | None
+
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        """Dtype and shape of a tensor; those of the embedding for a head that has none of its own."""
+        if name in self.weights:
+            return self.weights[name].dtype, self.weights[name].shape
+        if name == HEAD and self.tied is not None:
+            return self.tied.dtype, self.tied.shape
+        return None
+
+    def name_of(self, parameter: str) -> str:
+        """The tensor of a parameter that is named as in memory; a new head keeps that name."""
+        module, _, leaf = parameter.rpartition(".")
+        if module in self.spec.tensors:
+            return f"{self.spec.tensors[module].removesuffix('.weight')}.{leaf}"
+        if parameter == HEAD and self.tied is not None:
+            return HEAD
+        if parameter.split(".")[0] in self.spec.modules_to_save and parameter not in self.weights:
+            return parameter
+        return disk_names([parameter], self.weights)[parameter]
+
+
+@dataclass(frozen=True)
+class _Updates:
+    """Everything an adapter brings, by tensor name."""
+
+    values: Mapping[str, torch.Tensor]
+    rows: Mapping[str, TokenRows]
+    deltas: Mapping[str, LoraDelta]
+    addends: Mapping[str, torch.Tensor]
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.values, *self.rows, *self.deltas, *self.addends}
+
+    def change(self, name: str, base: _Base, cast: str | None, as_trained: bool) -> Change:
+        value, stored = self.values.get(name), base.stored(name)
+        own = torch_dtype_name(_known(value).dtype) if stored is None else stored[0]
+        shape = _known(stored)[1] if value is None else tuple(value.shape)
+        return Change(
             name=name,
             dtype=_cast(own, cast),
             shape=shape,
             as_trained=as_trained and value is None,
             value=value,
-            delta=deltas.get(name),
-            addend=addends.get(name),
+            delta=self.deltas.get(name),
+            addend=self.addends.get(name),
+            rows=self.rows.get(name),
+            copy_of=_known(base.tied).embedding
+            if name not in base.weights and value is None
+            else None,
         )
-    if tied:
-        _refuse_tied(changes)
-    return MergePlan(weights, manifest.quantization, onto, changes, cast)
 
 
-def _known(value: torch.Tensor | None) -> torch.Tensor:
+def _known(value: T | None) -> T:
     assert value is not None
     return value
+
+
+def _tied(weights: WeightSet, config: Mapping[str, object]) -> Tied | None:
+    name = tied_embedding(weights, config)
+    return None if name is None else Tied(name, weights[name].dtype, weights[name].shape)
+
+
+def _config_fields(weights: WeightSet, changes: Mapping[str, Change]) -> dict[str, object]:
+    """What `config.json` must say of a model that came untied or got another vocabulary."""
+    fields: dict[str, object] = {}
+    tables = [name for name in {*weights, *changes} if name.endswith((*EMBEDDINGS, HEAD))]
+    rows = {
+        name: changes[name].shape[0] if name in changes else weights[name].shape[0]
+        for name in tables
+    }
+    check_vocabulary(rows)
+    if HEAD in changes and changes[HEAD].copy_of is not None:
+        fields["tie_word_embeddings"] = False
+    if any(name in weights and weights[name].shape[0] != count for name, count in rows.items()):
+        fields["vocab_size"] = next(iter(rows.values()))
+    return fields
+
+
+def _updates(base: _Base, adapter: AdapterWeights) -> _Updates:
+    values = _saved(base, adapter)
+    rows = {base.name_of(f"{module}.weight"): found for module, found in adapter.rows.items()}
+    deltas = _deltas(base, adapter, values)
+    both = sorted(set(rows) & {*deltas, *values})
+    if both:
+        raise Unsupported(
+            f"{both[0]!r}: trained tokens beside another update of it are not handled"
+        )
+    return _Updates(values, rows, deltas, _addends(base.weights, deltas, values))
 
 
 def _seen_otherwise(weights: WeightSet, spec: QuantSpec) -> frozenset[str]:
@@ -181,56 +252,64 @@ def _narrows(dtype: str, stored: str) -> bool:
 
 
 def _deltas(
-    weights: WeightSet,
-    spec: AdapterSpec,
-    adapter: AdapterWeights,
-    values: Mapping[str, torch.Tensor],
+    base: _Base, adapter: AdapterWeights, values: Mapping[str, torch.Tensor]
 ) -> dict[str, LoraDelta]:
     """The delta of each weight, by tensor name; every recorded module must have one."""
-    lost = sorted(set(spec.tensors) - set(adapter.deltas))
+    lost = sorted(set(base.spec.tensors) - set(adapter.deltas))
     if lost:
         raise Mismatch(
             f"the adapter's file has no tensors for module {lost[0]!r}, which its record lists"
         )
     found: dict[str, LoraDelta] = {}
-    for module, delta in adapter.deltas.items():
-        name = spec.tensors.get(module)
-        if name is None or name not in weights:
-            raise Mismatch(
-                f"{weights.directory}: no tensor of the base belongs to the adapted module {module!r}"
-            )
-        shape = tuple(values[name].shape) if name in values else weights[name].shape
-        if shape != delta_shape(delta) or weights[name].dtype not in FLOATS.values():
-            raise Mismatch(
-                f"{weights.directory}: tensor {name!r} is {weights[name].dtype} {list(shape)}, "
-                f"the adapter's delta for it is {list(delta_shape(delta))}"
-            )
-        if name in found:
-            raise Mismatch(f"two modules of the adapter change the tensor {name!r}")
-        found[name] = delta
+    for delta in adapter.deltas.values():
+        for name, part in _placed(base, delta).items():
+            _check_fits(base, name, part, values)
+            if name in found:
+                raise Mismatch(f"two modules of the adapter change the tensor {name!r}")
+            found[name] = part
     return found
 
 
-def _saved(
-    weights: WeightSet, spec: AdapterSpec, adapter: AdapterWeights
-) -> dict[str, torch.Tensor]:
+def _placed(base: _Base, delta: LoraDelta) -> dict[str, LoraDelta]:
+    """A module's delta by the tensor or, for fused experts, the tensors that it belongs to.
+
+    PEFT keeps one `fan_in_fan_out` for all modules and flips it as it meets them, so the flag it
+    saves is that of the last one; which layers are stored transposed follows from the model alone.
+    """
+    if delta.kind == "experts":
+        return split_experts(delta, {name: info.shape for name, info in base.weights.items()})
+    name = base.spec.tensors.get(delta.module)
+    if name is None or base.stored(name) is None:
+        raise Mismatch(
+            f"{base.weights.directory}: no tensor of the base belongs to the adapted module {delta.module!r}"
+        )
+    flipped = stores_transposed(base.model_type, delta.module)
+    if delta.kind == "linear" and delta.fan_in_fan_out != flipped:
+        delta = replace(delta, fan_in_fan_out=flipped)
+    return {name: delta}
+
+
+def _check_fits(
+    base: _Base, name: str, delta: LoraDelta, values: Mapping[str, torch.Tensor]
+) -> None:
+    dtype, shape = _known(base.stored(name))
+    shape = tuple(values[name].shape) if name in values else shape
+    if shape != delta_shape(delta) or dtype not in FLOATS.values():
+        raise Mismatch(
+            f"{base.weights.directory}: tensor {name!r} is {dtype} {list(shape)}, "
+            f"the adapter's delta for it is {list(delta_shape(delta))}"
+        )
+
+
+def _saved(base: _Base, adapter: AdapterWeights) -> dict[str, torch.Tensor]:
     """The parameters trained whole, by tensor name; a new head keeps its name in memory."""
     named: dict[str, torch.Tensor] = {}
     for parameter, value in adapter.saved.items():
-        name = _file_name(parameter, spec, weights)
+        name = base.name_of(parameter)
         if name in named:
             raise Mismatch(f"two parameters that the adapter saves whole are the tensor {name!r}")
         named[name] = value
     return named
-
-
-def _file_name(parameter: str, spec: AdapterSpec, weights: WeightSet) -> str:
-    module, _, leaf = parameter.rpartition(".")
-    if module in spec.tensors:
-        return f"{spec.tensors[module].removesuffix('.weight')}.{leaf}"
-    if parameter.split(".")[0] in spec.modules_to_save and parameter not in weights:
-        return parameter
-    return disk_names([parameter], weights)[parameter]
 
 
 def _addends(
@@ -249,12 +328,3 @@ def _addends(
             )
         found[bias] = addend
     return found
-
-
-def _refuse_tied(changes: Mapping[str, Change]) -> None:
-    touched = [name for name, change in changes.items() if name.endswith(_TIED) and change.adapted]
-    if touched:
-        raise Unsupported(
-            f"the adapter changes {touched[0]!r}, but the base ties input and output embeddings; "
-            "untie them in the base before training"
-        )

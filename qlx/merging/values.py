@@ -5,15 +5,16 @@ only applies them in the order that training did, in fp32, and rounds once.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qlx.adapters import merged_weight
+from qlx.adapters import merged_weight, with_rows
 from qlx.checkpoint import QuantSpec
 from qlx.errors import CheckFailed, Mismatch
-from qlx.merging.plan import Change, MergePlan
+from qlx.merging.change import Change
+from qlx.merging.plan import MergePlan
 from qlx.merging.stream import load_tensor
 from qlx.models import STORED_DTYPE, torch_float
 from qlx.quant import dequantize_tensor, packed_fingerprint, quantize_tensor
@@ -41,13 +42,15 @@ class Rounding:
     """What rounding one merged tensor did to its delta.
 
     `energy` is ⟨Δ, Δ⟩, `kept` ⟨written - base, Δ⟩, both over the fp32 delta Δ; `changed` says
-    whether any written value differs from the base's.
+    whether any written value differs from the base's; `whole` that the tensor was trained whole, its
+    delta being the difference from the base.
     """
 
     name: str
     energy: float
     kept: float
     changed: bool
+    whole: bool = False
 
     @property
     def erased(self) -> float:
@@ -82,22 +85,40 @@ def base_value(plan: MergePlan, change: Change) -> Tensor:
     if change.value is not None:
         return change.value.float()
     if change.as_trained:
-        return as_trained(plan.weights, plan.spec, change.name)
-    return load_tensor(plan.weights, change.name).float()
+        return as_trained(plan.weights, plan.spec, change.source)
+    return load_tensor(plan.weights, change.source).float()
 
 
 def merged_value(plan: MergePlan, change: Change) -> tuple[Tensor, Rounding | None]:
-    """The tensor to write, in its final dtype, and what rounding cost (None where no delta is added)."""
+    """The tensor to write, in its final dtype, and what rounding cost (None where nothing was trained)."""
     dtype = torch_dtype(change.dtype)
     before = base_value(plan, change)
+    after = before
+    if change.rows is not None:
+        after = with_rows(after, change.rows)
     if change.delta is not None:
-        after = merged_weight(before, change.delta)
+        after = merged_weight(after, change.delta)
     elif change.addend is not None:
-        after = before + change.addend
-    else:
-        return before.to(dtype), None
+        after = after + change.addend
     written = after.to(dtype)
+    if after is before:
+        return written, _whole_rounding(plan, change, after, written)
     return written, _rounding(change.name, before, after, written)
+
+
+def _whole_rounding(
+    plan: MergePlan, change: Change, after: Tensor, written: Tensor
+) -> Rounding | None:
+    """What rounding cost a tensor that was trained whole; None for a mere copy of the base's."""
+    if change.value is None:
+        return None
+    info = plan.weights.get(change.source)
+    if info is None or info.shape != change.shape:  # a new head
+        return replace(_rounding(change.name, torch.zeros_like(after), after, written), whole=True)
+    before = load_tensor(plan.weights, change.source).float()
+    if torch.equal(before, after):
+        return None
+    return replace(_rounding(change.name, before, after, written), whole=True)
 
 
 def _rounding(name: str, before: Tensor, after: Tensor, written: Tensor) -> Rounding:
@@ -118,13 +139,16 @@ def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> flo
     """Check that the adapter arrived: every adapted tensor changed, and little enough was lost.
 
     Returns:
-        The share of the delta lost to rounding, over all tensors.
+        The share of the delta lost to rounding: over all low-rank updates together, or of the
+        worst tensor that was trained whole, whichever is larger.
 
     Raises:
         CheckFailed: a tensor did not change at all, or more than `limit` of the delta is lost.
     """
     items = list(roundings)
     still = [item.name for item in items if not item.changed]
+    if not items:
+        raise CheckFailed("the adapter changes no tensor: every update in it is empty")
     if still:
         which = (
             "no tensor" if len(still) == len(items) else f"{len(still)} of {len(items)} tensors not"
@@ -133,7 +157,9 @@ def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> flo
             f"the adapter changes {which} (first: {still[0]!r}); it is untrained there or its delta "
             f"is below the precision of {dtype}"
         )
-    erased = erased_share(items)
+    low_rank = [item for item in items if not item.whole]
+    shares = [item.erased for item in items if item.whole]
+    erased = max([erased_share(low_rank), *shares] if low_rank else shares)
     if erased > limit:
         worst = max(items, key=lambda item: item.erased)
         raise CheckFailed(

@@ -387,15 +387,19 @@ def test_as_trained_needs_a_record(tmp_path, bases):
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_one_side_of_tied_embeddings_is_refused(tmp_path, bases, target):
+def test_one_side_of_tied_embeddings_unties_them(tmp_path, bases, target):
     base = bases("llama", tied=True)
     options = {"target_modules": ("q_proj",), "modules_to_save": (target,)}
-    try:
-        adapter = make_adapter(base, tmp_path / "adapter", Case(options=options))
-    except (Mismatch, Unsupported):
-        return  # refused even earlier
-    with pytest.raises((Unsupported, Mismatch), match=r"tie|no tensor"):
-        merge(base, [adapter.path], tmp_path / "merged")
+    adapter = make_adapter(base, tmp_path / "adapter", Case(options=options))
+    merged = merge(base, [adapter.path], tmp_path / "merged")
+    before, after = read_tensors(base), read_tensors(merged.path)
+    assert "lm_head.weight" not in before
+    sides = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    other = next(name for side, name in sides.items() if side != target)
+    assert torch.equal(after[other], before["model.embed_tokens.weight"])
+    assert not torch.equal(after[sides[target]], before["model.embed_tokens.weight"])
+    assert json.loads((merged.path / "config.json").read_text())["tie_word_embeddings"] is False
+    assert verify(merged.path).comparisons["reference"].relative < 1e-5
 
 
 def test_several_adapters_are_refused_and_none_is_an_error(tmp_path, bases):

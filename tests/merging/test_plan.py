@@ -20,7 +20,7 @@ def parts(tmp_path_factory):
 
 
 def plan(base, manifest, weights, **options):
-    settings = {"onto": "as-trained", "dtype": None, "tied": False} | options
+    settings = {"onto": "as-trained", "dtype": None, "config": {}} | options
     return plan_merge(open_weights(base), manifest, weights, **settings)
 
 
