@@ -74,6 +74,10 @@ def export_onnx(
 def _precision(manifest: Manifest, wanted: str | None) -> str:
     scheme = manifest.quantization.scheme if manifest.kind != "merged" else None
     own = scheme or "fp32"
+    if own not in PRECISIONS:
+        raise Unsupported(
+            f"{own} weights cannot be exported as they are yet; export the merged form of this checkpoint"
+        )
     if wanted not in (None, *PRECISIONS):
         raise UsageError(f"precision {wanted!r} is not one of {', '.join(PRECISIONS)}")
     if wanted is None or wanted == own:

@@ -17,6 +17,8 @@ from qlx.exporting.quiet import quiet
 __all__ = ["trace"]
 
 _FREE = torch.export.Dim.DYNAMIC
+_TRACE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+"""What tracing raises on a model it cannot follow; torch's own errors are RuntimeErrors."""
 
 
 def trace(model: nn.Module, task: str) -> ir.Model:
@@ -33,11 +35,7 @@ def trace(model: nn.Module, task: str) -> ir.Model:
     try:
         with quiet(), torch.no_grad():
             return OnnxExporter().export(model, sample, config).program
-    except (
-        RuntimeError,
-        torch._dynamo.exc.UserError,
-        torch.onnx.errors.OnnxExporterError,
-    ) as error:
+    except _TRACE_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         name = type(model).__name__
         raise Unsupported(

@@ -78,9 +78,19 @@ def create_app(
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
         ],
         middleware=[guard],
-        exception_handlers={HTTPException: _http_error, QlxError: _qlx_error, Busy: service.busy},
+        exception_handlers={
+            HTTPException: _http_error,
+            QlxError: _qlx_error,
+            Busy: service.busy,
+            Exception: _unexpected,
+        },
         lifespan=service.lifespan,
     )
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again after this answer, so the server's log has the traceback."""
+    return error_response(500, "an internal error; the server's log has the details")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -130,12 +140,16 @@ class Service:
 
     async def classify(self, request: Request) -> Response:
         """Classify one image, sent as base64 in JSON or as the raw file."""
-        body = await self._body(request)
-        if _content_type(request) == "application/json":
-            asked = parse_body(body, ClassifyBody)
+        kind = _content_type(request)
+        if kind == "application/json":
+            asked = parse_body(await self._body(request), ClassifyBody)
             name, data = asked.model, asked.image_bytes()
+        elif kind.startswith("image/") or kind == "application/octet-stream":
+            name, data = request.query_params.get("model"), await self._body(request)
         else:
-            name, data = request.query_params.get("model"), body
+            raise HTTPException(
+                415, "the body must be application/json, image/* or application/octet-stream"
+            )
         engine = self._engine(name)
         model = _able(engine, engine.images, "classify images")
         found = await self._attended(request, self.workers.run(lambda: _classify(model, data)))

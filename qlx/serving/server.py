@@ -56,6 +56,10 @@ def serve(
     app = create_app(
         engines, api_key=key, hosts=None if hosts is None else sorted(hosts), limits=limits
     )
+    if key is None and not _is_loopback(host):
+        sys.stderr.write(
+            f"warning: {host} may be reached from other machines, and no key is asked for\n"
+        )
     with listen(host, port) as bound:
         Server(app, limits, engines).run(sockets=[bound])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlx.errors import Unsupported
 from qlx.exporting import SeparateLora, passes, write_graph
 from qlx.exporting import graph as graph_module
 from qlx.exporting.graph import build_graph
@@ -162,3 +163,21 @@ def test_a_large_classifier_keeps_its_weights_outside(monkeypatch, tmp_path):
         for place in ("inside", "outside")
     )
     np.testing.assert_array_equal(first, second)
+
+
+class Undecided(nn.Module):
+    """Asks its input which way to go, which no fixed graph can do."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tiny_vit().config
+        self.layer = nn.Linear(16, 5)
+
+    def forward(self, pixel_values):
+        rows = pixel_values[:, 0, 0]
+        return self.layer(rows) if rows.sum() > 0 else self.layer(-rows)
+
+
+def test_a_model_that_cannot_be_traced_is_refused_with_the_reason():
+    with pytest.raises(Unsupported, match="Undecided: torch cannot export"):
+        build_graph(Undecided().eval(), "image-classification")

@@ -76,3 +76,9 @@ def test_a_trained_language_model_writes_the_same_text(python_base, python_run, 
     manifest = open_checkpoint(tmp_path / "onnx-separate").manifest
     assert manifest.base == open_checkpoint(python_run).manifest.base
     assert manifest.quantization.scheme == "nf4"
+
+
+def test_a_full_run_is_exported_too(digits_base, tmp_path):
+    done = export_onnx(digits_base, tmp_path / "onnx")
+    assert done.manifest.lineage[-1].options == {"precision": "fp32", "layout": "run"}
+    assert verify(done.path).passed

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from qlx.runtime import Classifier, SamplingOptions, TextGenerator
-from tests.serving.support import events
+from tests.serving.support import events, served
 
 PROMPT = "def add(first, second):"
 
@@ -18,6 +18,11 @@ def png(size=(20, 24), seed=1, kind="PNG"):
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()
+
+
+def look(client, data, kind="application/octet-stream"):
+    """Ask the image model about a raw file."""
+    return client.post("/v1/classify?model=looker", content=data, headers={"content-type": kind})
 
 
 def test_it_is_alive_and_names_its_models(client, llama):
@@ -47,7 +52,7 @@ def test_an_image_as_base64_and_as_raw_bytes(client, vit):
         found = answer.json()
         assert found["label"] == expected.label
         assert found["probabilities"] == pytest.approx(expected.probabilities)
-    other = client.post("/v1/classify?model=looker", content=png(seed=2)).json()
+    other = look(client, png(seed=2)).json()
     assert other["probabilities"] != pytest.approx(expected.probabilities)
 
 
@@ -160,16 +165,28 @@ def test_methods_and_media_types_are_checked(client):
     assert client.get("/v1/completions").status_code == 405
     answer = client.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
+    # what a foreign web page may send without asking first
+    for kind in ("text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""):
+        assert look(client, png(), kind).status_code == 415
+
+
+def test_a_failure_of_ours_says_so_without_details(text_engine, monkeypatch):
+    monkeypatch.setattr(type(text_engine.text), "stream", lambda *_: 1 / 0)
+    with served(text_engine) as client:
+        answer = client.post("/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 500
+    assert "division" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 def test_usual_image_formats_are_read(client, kind):
-    assert client.post("/v1/classify?model=looker", content=png(kind=kind)).status_code == 200
+    assert look(client, png(kind=kind)).status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "EPS"])
 def test_other_formats_are_not(client, kind):
-    answer = client.post("/v1/classify?model=looker", content=png(kind=kind))
+    answer = look(client, png(kind=kind))
     assert answer.status_code == 400
     assert "PNG" in answer.json()["error"]["message"]
 
@@ -178,7 +195,7 @@ def test_an_image_bomb_is_refused(client):
     stream = io.BytesIO()
     Image.new("L", (9000, 9000)).save(stream, "PNG", compress_level=9)
     data = stream.getvalue()
-    answer = client.post("/v1/classify?model=looker", content=data[:40000])
+    answer = look(client, data[:40000])
     assert answer.status_code == 400
     assert "pixels" in answer.json()["error"]["message"]
 

@@ -1,7 +1,6 @@
 """Too much, too slow, gone in the middle: what a client may cost."""
 
 import contextlib
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ import pytest
 
 from qlx.errors import UsageError
 from qlx.serving import ServingLimits, create_app
-from tests.serving.support import LIMITS, events, raw, served, slowed
+from tests.serving.support import events, raw, served, slowed
 
 BODY = {"prompt": "def", "max_tokens": 60}
 
@@ -175,8 +174,3 @@ def test_names_must_differ(text_engine):
         create_app([text_engine, text_engine])
     with pytest.raises(UsageError):
         create_app([])
-
-
-def test_the_limits_of_these_tests_are_not_the_defaults():
-    assert ServingLimits() != LIMITS
-    assert json.dumps(BODY)
