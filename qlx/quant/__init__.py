@@ -6,6 +6,7 @@ our own. Nothing here imports bitsandbytes until a function needs it.
 """
 
 from qlx.quant.activations import quantize_activations
+from qlx.quant.bitnet import bitnet_entries, packed_from_bitnet
 from qlx.quant.codec import SCHEMES, PackedTensor, dequantize_tensor, quantize_tensor
 from qlx.quant.codec4bit import FOUR_BIT, NestedScales, Packed4bit, levels, torch_dtype_of
 from qlx.quant.export_linear import PackedLinear, packed_linears
@@ -36,18 +37,23 @@ from qlx.quant.layout import (
     packed_entries,
     packed_from_entries,
 )
+from qlx.quant.stored import STORED_BACKENDS, StoredQuantization, stored_quantization
+from qlx.quant.words import packed_from_awq, packed_from_gptq
 
 __all__ = [
     "FOUR_BIT",
     "HEAD_NAMES",
     "SCALE_DTYPE",
     "SCHEMES",
+    "STORED_BACKENDS",
     "IntegerLinear",
     "NestedScales",
     "Packed4bit",
     "PackedIntegers",
     "PackedLinear",
     "PackedTensor",
+    "StoredQuantization",
+    "bitnet_entries",
     "bnb_config",
     "dequantize_tensor",
     "eligible_modules",
@@ -61,8 +67,11 @@ __all__ = [
     "names_part",
     "packed_entries",
     "packed_fingerprint",
+    "packed_from_awq",
+    "packed_from_bitnet",
     "packed_from_codes",
     "packed_from_entries",
+    "packed_from_gptq",
     "packed_linears",
     "packed_modules",
     "packed_of_module",
@@ -70,5 +79,6 @@ __all__ = [
     "quantize_model",
     "quantize_tensor",
     "set_compute_dtype",
+    "stored_quantization",
     "torch_dtype_of",
 ]

@@ -1,0 +1,152 @@
+"""Bases that come quantized: what `config.json` says of them, and their weights one by one.
+
+GPTQ, AWQ and BitNet checkpoints keep codes in layouts of their own under names of their own. Here a
+weight goes by the name it would have in a plain checkpoint, `<module>.weight`, whatever parts it has.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from qlx.checkpoint import QuantSpec
+from qlx.errors import Unsupported
+from qlx.quant.bitnet import BitnetClass, packed_from_bitnet
+from qlx.quant.integers import IntegerScheme, PackedIntegers
+from qlx.quant.words import packed_from_awq, packed_from_gptq, scheme_of_bits
+
+__all__ = ["STORED_BACKENDS", "StoredQuantization", "stored_quantization"]
+
+Method = Literal["gptq", "awq", "bitnet"]
+
+STORED_BACKENDS: tuple[Method, ...] = ("gptq", "awq", "bitnet")
+"""Layouts of bases that come quantized and can be read."""
+
+_WORD_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class StoredQuantization:
+    """How the weights of a base are stored.
+
+    `group_size` is None for one scale a row or tensor; `zeros_less_one` and `linear_class` are what
+    `packed_from_gptq` and `packed_from_bitnet` ask for.
+    """
+
+    method: Method
+    scheme: IntegerScheme
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    zeros_less_one: bool = True
+    linear_class: BitnetClass = "bitlinear"
+
+    def weight_names(self, names: Iterable[str]) -> list[str]:
+        """The packed weights, as `<module>.weight`, among the tensor names of a checkpoint, sorted."""
+        mark = ".weight_scale" if self.method == "bitnet" else ".qweight"
+        return sorted(f"{n.removesuffix(mark)}.weight" for n in names if n.endswith(mark))
+
+    def part_names(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors that make up the weight `name`; GPTQ's last may be absent."""
+        if self.method == "bitnet":
+            return (name, f"{name}_scale")
+        stem = name.removesuffix(".weight")
+        return tuple(f"{stem}.{part}" for part in _WORD_PARTS)
+
+    def read(self, entries: Mapping[str, Tensor], name: str) -> PackedIntegers:
+        """The packed weight `name` from the tensors it is made of.
+
+        Raises:
+            CorruptCheckpoint: a part is missing, or does not fit the others.
+            Unsupported: the layout is known but not this use of it.
+        """
+        if self.method == "bitnet":
+            return packed_from_bitnet(entries, name, self.linear_class)
+        if self.method == "awq":
+            return packed_from_awq(entries, name, bits=self.bits)
+        return packed_from_gptq(
+            entries,
+            name,
+            bits=self.bits,
+            symmetric=self.symmetric,
+            zeros_less_one=self.zeros_less_one,
+        )
+
+    def spec(self, **fields: Any) -> QuantSpec:
+        """The QuantSpec of a training on this base; `fields` are added to it."""
+        return QuantSpec(
+            method="qlora",
+            weight_bits=self.bits,
+            scheme=self.scheme,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            backend=self.method,
+            **fields,
+        )
+
+
+def stored_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
+    """What a `config.json` says of its weights; None for plain ones and for bitsandbytes.
+
+    Raises:
+        Unsupported: another method, or a variant of these that is not read (the message says why).
+    """
+    section = config.get("quantization_config")
+    if section is None or section.get("quant_method") == "bitsandbytes":
+        return None
+    readers = {"gptq": _gptq, "awq": _awq, "bitnet": _bitnet}
+    method = section.get("quant_method")
+    if method not in readers:
+        raise Unsupported(
+            f"weights quantized by {method!r} cannot be read; gptq, awq and bitnet can, or start "
+            "from the plain model"
+        )
+    return readers[method](section)
+
+
+def _gptq(section: Mapping[str, Any]) -> StoredQuantization:
+    version = str(section.get("checkpoint_format") or section.get("format") or "gptq").lower()
+    if version not in ("gptq", "gptq_v2"):
+        raise Unsupported(f"GPTQ weights in the format {version!r}; gptq and gptq_v2 can be read")
+    if section.get("dynamic"):
+        raise Unsupported("GPTQ weights whose bits differ from layer to layer (dynamic)")
+    bits = int(section.get("bits", 4))
+    return StoredQuantization(
+        method="gptq",
+        scheme=scheme_of_bits("gptq", bits),
+        bits=bits,
+        group_size=_group_size(section),
+        symmetric=bool(section.get("sym", True)),
+        zeros_less_one=version == "gptq",
+    )
+
+
+def _awq(section: Mapping[str, Any]) -> StoredQuantization:
+    version = str(section.get("version") or section.get("format") or "gemm").lower()
+    if version != "gemm":
+        raise Unsupported(f"AWQ weights of version {version!r}; gemm can be read")
+    bits = int(section.get("bits", section.get("w_bit", 4)))
+    scheme = scheme_of_bits("awq", bits)
+    return StoredQuantization("awq", scheme, bits, _group_size(section), symmetric=False)
+
+
+def _bitnet(section: Mapping[str, Any]) -> StoredQuantization:
+    if section.get("quantization_mode", "offline") != "offline":
+        raise Unsupported(
+            "a BitNet base in online mode keeps plain weights; remove quantization_config from its "
+            "config.json and train with quant_type: ternary, group_size: whole, activation_bits: 8"
+        )
+    if section.get("use_rms_norm"):
+        raise Unsupported("BitNet layers with a norm of their own (use_rms_norm)")
+    linear_class = section.get("linear_class", "bitlinear")
+    if linear_class not in ("bitlinear", "autobitlinear"):
+        raise Unsupported(f"BitNet layers of class {linear_class!r}")
+    return StoredQuantization(
+        "bitnet", "ternary", 2, None, symmetric=True, linear_class=linear_class
+    )
+
+
+def _group_size(section: Mapping[str, Any]) -> int | None:
+    size = int(section.get("group_size", section.get("q_group_size", 128)))
+    return None if size == -1 else size
