@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qlx.checkpoint.digest import bytes_digest
 from qlx.checkpoint.strict_json import canonical_json
 from qlx.errors import CorruptCheckpoint, InputRefused
 
@@ -164,7 +165,7 @@ class ProbeRecord(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The whole of `qlx.json`; `to_bytes` and `parse_manifest` are inverse to each other."""
+    """The whole of `qlx.json`, except the digest that seals it."""
 
     format: Literal["qlx"] = "qlx"
     format_version: Literal[1] = 1
@@ -189,8 +190,9 @@ class Manifest(_Frozen):
         return self
 
     def to_bytes(self) -> bytes:
-        """The canonical bytes of this manifest; equal manifests give equal bytes."""
-        return canonical_json(self.model_dump(mode="json"))
+        """The bytes of `qlx.json`: canonical, and sealed by a digest over all other fields."""
+        content = self.model_dump(mode="json")
+        return canonical_json({**content, "digest": bytes_digest(canonical_json(content))})
 
     def with_step(self, step: Step, **changes: Any) -> "Manifest":
         """A copy with `step` appended to the lineage and other fields changed."""

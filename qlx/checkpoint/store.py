@@ -4,6 +4,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlx.checkpoint.digest import bytes_digest, file_sha256
 from qlx.checkpoint.manifest import (
@@ -14,7 +15,7 @@ from qlx.checkpoint.manifest import (
     parse_manifest,
 )
 from qlx.checkpoint.migrate import migrate_value
-from qlx.checkpoint.strict_json import MAX_BYTES, parse_json
+from qlx.checkpoint.strict_json import MAX_BYTES, canonical_json, parse_json
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
 
 __all__ = ["Checkpoint", "is_checkpoint", "open_checkpoint", "read_manifest", "seal"]
@@ -55,15 +56,29 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         raise InputRefused(f"{path}: {what}")
     with open(file, "rb") as stream:
         data = stream.read(MAX_BYTES + 1)
-    value = parse_json(data, str(file))
+    return _parse(data, str(file)), bytes_digest(data)
+
+
+def _parse(data: bytes, where: str) -> Manifest:
+    value = parse_json(data, where)
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise Unsupported(
-            f"{file}: format version {version} is newer than this qlx reads ({FORMAT_VERSION}); upgrade qlx"
+            f"{where}: format version {version} is newer than this qlx reads ({FORMAT_VERSION}); upgrade qlx"
         )
-    if isinstance(value, dict):
-        value = migrate_value(value)
-    return parse_manifest(value, str(file)), bytes_digest(data)
+    if not isinstance(value, dict) or not _is_sealed(value, data):
+        raise CorruptCheckpoint(
+            f"{where}: not as it was written (its digest does not match); restore it, or make the checkpoint again"
+        )
+    content = {name: field for name, field in value.items() if name != "digest"}
+    return parse_manifest(migrate_value(content), where)
+
+
+def _is_sealed(value: dict[str, Any], data: bytes) -> bool:
+    """Whether the bytes are the canonical ones and the digest is that of all other fields."""
+    content = {name: field for name, field in value.items() if name != "digest"}
+    sealed = {**content, "digest": bytes_digest(canonical_json(content))}
+    return canonical_json(sealed) == data
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

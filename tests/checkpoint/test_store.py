@@ -91,13 +91,13 @@ def test_same_content_gives_same_bytes_from_any_directory(tmp_path: Path) -> Non
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
-    for name in ("config.json", "probe.safetensors"):
+    for name in ("config.json", "probe.safetensors", "qlx.json"):
         whole = (path / name).read_bytes()
-        for position in range(0, len(whole), max(1, len(whole) // 40)):
+        for position in range(0, len(whole), max(1, len(whole) // 60)):
             changed = bytearray(whole)
             changed[position] ^= 1 << (position % 8)
             (path / name).write_bytes(changed)
-            with pytest.raises(CorruptCheckpoint, match=name):
+            with pytest.raises((CorruptCheckpoint, Unsupported), match=name):
                 open_checkpoint(path)
         (path / name).write_bytes(whole)
     open_checkpoint(path)
@@ -177,3 +177,15 @@ def test_probe_of_uneven_length_is_refused(tmp_path: Path) -> None:
     write_probe(tmp_path / "probe.safetensors", bad)
     with pytest.raises(CorruptCheckpoint, match="different lengths"):
         read_probe(tmp_path)
+
+
+def test_an_edited_manifest_is_refused_even_where_it_stays_valid(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    text = (path / "qlx.json").read_text()
+    for old, new in (("LoRa8", "LoRa9"), ('"rank": 8', '"rank":  8'), ("\n}\n", "\n}\n\n")):
+        assert old in text
+        (path / "qlx.json").write_text(text.replace(old, new))
+        with pytest.raises(CorruptCheckpoint, match="not as it was written"):
+            open_checkpoint(path)
+    seal(path, read_manifest(make(tmp_path / "b"))[0])
+    open_checkpoint(path)
