@@ -35,7 +35,9 @@ from qlx.models import (
 from qlx.recipe import AdapterSection
 
 VOCABULARY = 96
-TASKS = {"vit": "image-classification"} | dict.fromkeys(("llama", "qwen3", "gpt2"), "causal-lm")
+TASKS = {"vit": "image-classification"} | dict.fromkeys(
+    ("llama", "qwen3", "gpt2", "qwen3_moe", "mixtral"), "causal-lm"
+)
 NF4 = QuantSpec(method="qlora", weight_bits=4, scheme="nf4", group_size=64, double_quant=True)
 FP4 = NF4.model_copy(update={"scheme": "fp4", "double_quant": False})
 NONE = QuantSpec()
@@ -117,7 +119,40 @@ def _gpt2(tied: bool) -> Any:
     return GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=1))
 
 
-_BUILD = {"vit": _vit, "llama": _llama, "qwen3": _qwen3, "gpt2": _gpt2}
+_SPARSE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "num_experts_per_tok": 2,
+}
+
+
+def _qwen3_moe(tied: bool) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 48, "num_experts": 3, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SPARSE, **sizes, tie_word_embeddings=tied))
+
+
+def _mixtral(tied: bool) -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"intermediate_size": 48, "num_local_experts": 3}
+    return MixtralForCausalLM(MixtralConfig(**_SPARSE, **sizes, tie_word_embeddings=tied))
+
+
+_BUILD = {
+    "vit": _vit,
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "gpt2": _gpt2,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+}
 
 
 def inputs_for(kind: str, count: int = 12, image_size: int = 8) -> dict[str, np.ndarray]:
