@@ -81,15 +81,15 @@ class Workload:
 
     def train(self) -> None:
         """Train a base, then an adapter on that base quantized to NF4, and try the adapter."""
-        base = self.at("base")
+        base, run = self.at(self.base_name), self.at(self.run_name)
         self.qlx("train", self.base_recipe, "-o", base)
-        self.qlx("train", self.qlora_recipe, "-o", self.at("run"), "--set", f"base.path={base}")
-        self.qlx("save-adapter", self.at("run"), "-o", self.at("adapter"), "--base", base)
+        self.qlx("train", self.qlora_recipe, "-o", run, "--set", f"base.path={base}")
+        self.qlx("save-adapter", run, "-o", self.at("adapter"), "--base", base)
         self.qlx("load-adapter", "--base", base, "--adapter", self.at("adapter"))
 
     def convert(self) -> None:
         """Merge the adapter in full precision, pack the result to NF4, and export both to ONNX."""
-        base, merged, packed = self.at("base"), self.at("merged"), self.at("packed")
+        base, merged, packed = self.at(self.base_name), self.at("merged"), self.at("packed")
         self.qlx("merge", "--base", base, "--adapter", self.at("adapter"), "-o", merged)
         self.qlx("pack", merged, "-o", packed, "--to", "nf4", "--base", base)
         self.qlx("export-onnx", merged, "-o", self.at("onnx"))
@@ -97,8 +97,8 @@ class Workload:
 
     def check(self) -> None:
         """Score every model on held-out data, and verify each against what training saw."""
-        base = ("--base", self.at("base"))
-        self.measure("base, before", "base", score_with=("--data", self.qlora_recipe))
+        base = ("--base", self.at(self.base_name))
+        self.measure("base, before", self.base_name, score_with=("--data", self.qlora_recipe))
         self.measure("adapter on NF4 base", "adapter", score_with=base, verify_with=base)
         self.measure("merged, fp32", "merged")
         self.measure("packed, NF4", "packed")
@@ -124,6 +124,16 @@ class Workload:
                 server.send_signal(signal.SIGINT)
 
     # --- What the chapters use
+
+    @property
+    def base_name(self) -> str:
+        """The folder of the base, named like its recipe."""
+        return Path(self.base_recipe).stem
+
+    @property
+    def run_name(self) -> str:
+        """The folder of the QLoRA run, named like its recipe."""
+        return Path(self.qlora_recipe).stem
 
     def at(self, name: str) -> str:
         """A directory of this workload, as it is written on the command line."""
@@ -257,7 +267,7 @@ def report(workloads: list[Workload], seconds: float) -> str:
             parts.append("</tr><tr>")
             parts += [f"<td>{html.escape(cell)}</td>" for cell in row.cells]
         parts.append(f"</tr></table><p>Asked over HTTP: {html.escape(workload.answered)}</p>")
-        for name, caption in (("base", "pretraining"), ("run", "QLoRA")):
+        for name, caption in ((workload.base_name, "pretraining"), (workload.run_name, "QLoRA")):
             picture = base64.b64encode((workload.folder / name / "loss.png").read_bytes()).decode()
             source = f"data:image/png;base64,{picture}"
             parts.append(f"<h3>Loss of the {caption}</h3><img alt='loss curve' src='{source}'>")

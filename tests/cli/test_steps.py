@@ -1,0 +1,231 @@
+"""Every step as a command, on real small models: what it prints, what it makes, how it ends."""
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qlx.checkpoint import open_checkpoint, seal
+from qlx.cli import main
+from qlx.weights import read_arrays, write_arrays
+
+CASES = [
+    pytest.param((f"{task}_run{suffix}", f"{task}_base", scheme), id=f"{task}-{scheme}")
+    for task in ("digits", "python")
+    for suffix, scheme in (("", "nf4"), ("_fp4", "fp4"))
+]
+
+
+def call(*arguments):
+    """(exit code, standard output, standard error) of a call."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def result(*arguments, code=0):
+    """The one JSON object of a call that ends with `code`."""
+    got, out, err = call(*arguments, "--json", "--quiet")
+    assert got == code, err
+    return json.loads(out)
+
+
+@dataclass
+class Line:
+    """One model through all steps: the folder, its base, its run, and each step's result."""
+
+    folder: Path
+    base: Path
+    run: Path
+    scheme: str
+    made: dict
+
+    def __truediv__(self, name):
+        return self.folder / name
+
+
+@pytest.fixture(scope="module", params=CASES)
+def line(request, tmp_path_factory):
+    run, base, scheme = request.param
+    run, base = request.getfixturevalue(run), request.getfixturevalue(base)
+    folder = tmp_path_factory.mktemp("line")
+    made = {
+        "adapter": result("save-adapter", run, "-o", folder / "adapter", "--base", base),
+        "merged": result("merge", "--base", base, "--adapter", folder / "adapter", "-o", folder / "merged"),
+        "packed": result("pack", folder / "merged", "-o", folder / "packed", "--to", scheme,
+                         "--base", base, "--min-retention", "0"),
+        "onnx": result("export-onnx", folder / "merged", "-o", folder / "onnx"),
+        "onnx-packed": result("export-onnx", folder / "packed", "-o", folder / "onnx-packed"),
+    }  # fmt: skip
+    return Line(folder, base, run, scheme, made)
+
+
+KINDS = {
+    "adapter": "adapter",
+    "merged": "merged",
+    "packed": "packed",
+    "onnx": "onnx",
+    "onnx-packed": "onnx",
+}
+
+
+def test_each_step_makes_a_checkpoint_and_says_what_it_measured(line):
+    for name, kind in KINDS.items():
+        data = line.made[name]
+        checkpoint = open_checkpoint(line / name)
+        assert (data["kind"], data["digest"]) == (kind, checkpoint.digest)
+        assert data["size"] == sum(entry.size for entry in checkpoint.manifest.files.values())
+        assert data["results"]
+        assert all(replay["passed"] for replay in data["results"])
+    assert line.made["merged"]["results"][-1]["metrics"]["relative"] <= 1e-5
+    assert line.made["onnx"]["results"][-1]["metrics"]["relative"] <= 1e-4
+
+
+def test_every_kind_verifies_and_scores(line):
+    for name in KINDS:
+        base = ("--base", line.base) if name == "adapter" else ()
+        report = result("verify", line / name, *base)
+        assert report["passed"] is True
+        assert report["comparisons"]
+        scored = result("eval", line / name, *base)
+        assert scored["count"] > 0
+        assert {"accuracy", "token_accuracy"} & set(scored["metrics"])
+
+
+def test_the_merged_and_its_onnx_score_like_the_adapter(line):
+    scores = {
+        name: result("eval", line / name, *base)["metrics"]
+        for name, base in (("adapter", ("--base", line.base)), ("merged", ()), ("onnx", ()))
+    }
+    for name in ("merged", "onnx"):
+        assert scores[name] == pytest.approx(scores["adapter"], rel=1e-4)
+
+
+def test_an_adapter_can_be_tried_by_hand(line, tmp_path):
+    tried = result("load-adapter", "--base", line.base, "--adapter", line / "adapter")
+    assert (tried["passed"], tried["answer"]) == (True, None)
+    asked = ("load-adapter", "--base", line.base, "--adapter", line / "adapter")
+    if "digits" in line.run.name:
+        from PIL import Image
+
+        Image.new("RGB", (20, 20), "white").save(tmp_path / "picture.png")
+        answer = result(*asked, "--input", tmp_path / "picture.png")["answer"]
+        assert answer.endswith("%)")
+        assert call(*asked, "--prompt", "x")[0] == 2
+    else:
+        plain = result(*asked, "--prompt", "def main")["answer"]
+        chat = result(*asked, "--prompt", "Document this: def main()", "--chat")["answer"]
+        assert isinstance(plain, str)
+        assert isinstance(chat, str)
+        assert call(*asked, "--input", line.run / "recipe.yaml")[0] == 2
+
+
+def test_people_get_tables_and_the_same_verdict(line, tmp_path):
+    code, out, _ = call(
+        "verify", line / "merged", "--junit", tmp_path / "r.xml", "--markdown", tmp_path / "r.md"
+    )
+    assert code == 0
+    assert out.rstrip().endswith("verified")
+    assert "<testsuite" in (tmp_path / "r.xml").read_text()
+    assert "| check |" in (tmp_path / "r.md").read_text()
+    for name in ("adapter", "packed"):
+        code, out, _ = call("inspect", line / name)
+        assert code == 0
+        assert f"{line.scheme}, groups of 64" in out
+
+
+def test_two_checkpoints_can_be_compared(line):
+    report = result("verify", line / "onnx", "--against", line / "merged")
+    assert report["passed"] is True
+    assert "merged" in report["against"]
+
+
+# --- What must not pass
+
+
+def copied(directory, target):
+    shutil.copytree(directory, target)
+    return target
+
+
+def test_a_flipped_byte_is_refused(line, tmp_path):
+    victim = copied(line / "merged", tmp_path / "victim")
+    file = victim / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    code, out, err = call("verify", victim)
+    assert (code, out) == (3, "")
+    assert "model.safetensors" in err
+
+
+def test_a_changed_weight_under_a_fresh_seal_fails_the_check(line, tmp_path):
+    """Digests can be made anew by whoever changes a file; the probe cannot."""
+    victim = copied(line / "merged", tmp_path / "victim")
+    arrays = read_arrays(victim / "model.safetensors")
+    name = next(name for name in arrays if name.endswith(("query.weight", "q_proj.weight")))
+    arrays[name] = -arrays[name]
+    write_arrays(victim / "model.safetensors", arrays)
+    manifest = open_checkpoint(line / "merged").manifest
+    (victim / "qlx.json").unlink()
+    seal(victim, manifest)
+    report = result("verify", victim, code=1)
+    assert report["passed"] is False
+    assert "NOT verified" in call("verify", victim)[1]
+
+
+def test_the_wrong_base_is_refused(line, request):
+    other = request.getfixturevalue("python_base" if "digits" in line.run.name else "digits_base")
+    code, _, err = call("verify", line / "adapter", "--base", other)
+    assert code == 3
+    assert "not the base" in err
+
+
+def test_an_existing_output_is_left_alone_unless_forced(line):
+    before = open_checkpoint(line / "adapter").digest
+    arguments = ("save-adapter", line.run, "-o", line / "adapter")
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert "--force" in err
+    assert open_checkpoint(line / "adapter").digest == before
+    assert result(*arguments, "--force")["digest"] == before  # same content, same bytes
+
+
+def test_too_large_a_loss_leaves_nothing(line, tmp_path):
+    code, _, err = call("pack", line / "merged", "-o", tmp_path / "x", "--to", line.scheme,
+                        "--base", line.base, "--min-retention", "1")  # fmt: skip
+    assert code == 1
+    assert "retention" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Training
+
+
+def test_a_recipe_is_trained_resumed_and_checked(tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        "name: tiny\ntask: image-classification\n"
+        "base: {from_scratch: {model_type: vit, hidden_size: 64, layers: 1, heads: 2,"
+        " intermediate_size: 64, image_size: 16, patch_size: 8}}\n"
+        "data: {source: digits, train_limit: 64, eval_limit: 32}\n"
+        "training: {max_steps: 2, batch_size: 16}\nprobe: {count: 4}\n"
+    )
+    checked = result("train", recipe, "--dry-run")
+    assert checked["plan"]["trained_parameters"] > 0
+    assert not (tmp_path / "run").exists()
+    code, out, err = call("train", recipe, "-o", tmp_path / "run")
+    assert code == 0
+    assert "run of" not in err
+    assert "held out" in err
+    assert "run" in out
+    assert result("verify", tmp_path / "run")["passed"] is True
+    assert call("train", recipe, "-o", tmp_path / "other", "--resume")[0] == 2
+    code, _, err = call("train", recipe, "--set", "training.batchsize=3", "--dry-run")
+    assert code == 3
+    assert "batch_size" in err
