@@ -405,6 +405,14 @@ def command_error(arguments: list[str]) -> str | None:
     return None
 
 
+def anchors(document: Path) -> set[str]:
+    """The names that headings of a Markdown document can be linked by, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
 def document_errors(path: Path, text: str) -> list[str]:
     """Wrong commands, dead links, unknown make targets and local paths in one document."""
     found = [
@@ -418,8 +426,11 @@ def document_errors(path: Path, text: str) -> list[str]:
     named = re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)
     found += [f"no make target {name}" for name in named if name not in targets]
     for link in _LINK.findall(text):
-        target = link.partition("#")[0]
-        if target and "://" not in target and not (path.parent / target).exists():
+        target, _, anchor = link.partition("#")
+        file = path.parent / target if target else path
+        if "://" in target:
+            continue
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             found.append(f"dead link {link}")
     found += [f"local path {match}" for match in _LOCAL_PATH.findall(text)]
     return found
@@ -447,7 +458,8 @@ qlx pack c -o out --to nf5   # a comment
 qlx verify
 $ qlx melt x | head
 ```
-Run `qlx frob x` or `make toast`, see [there](nowhere.md) and [here](README.md), in /home/me/x.
+Run `qlx frob x` or `make toast`, see [there](nowhere.md), [inside](CONTRIBUTING.md#nothing) and
+[here](CONTRIBUTING.md#house-rules), in /home/me/x.
 """
     errors = document_errors(ROOT / "EXAMPLE.md", text)
     expected = (
@@ -458,6 +470,7 @@ Run `qlx frob x` or `make toast`, see [there](nowhere.md) and [here](README.md),
         "frob",
         "toast",
         "nowhere",
+        "nothing",
         "local",
     )
     assert len(errors) == len(expected)

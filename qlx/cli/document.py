@@ -22,6 +22,8 @@ the two. What holds for every command:
   object `{"error": {"kind": …, "message": …, "exit_code": …}}`.
 - An error is one line on standard error, `qlx: …`. A traceback comes only with `--debug`.
 
+## Exit codes
+
 | exit code | meaning |
 |---|---|
 | 0 | done |
@@ -37,7 +39,7 @@ the two. What holds for every command:
 
 def reference() -> str:
     """The whole document as Markdown."""
-    root = click.Context(program, info_name="qlx")
+    root = click.Context(program, info_name="qlx", help_option_names=["-h", "--help"])
     parts = [_HEAD.rstrip()]
     for name in MODULES:
         command = program.get_command(root, name)
