@@ -137,7 +137,7 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
     read_adapter(directory)
     try:
         loaded = peft.PeftModel.from_pretrained(
-            model, str(directory), is_trainable=trainable, autocast_adapter_dtype=False
+            model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
         )
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]

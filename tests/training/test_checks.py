@@ -1,0 +1,95 @@
+"""The dry run: what it finds without weights, and that it says what it could not look at."""
+
+from pathlib import Path
+
+import pytest
+
+from qlx.errors import InputRefused, Unsupported
+from qlx.recipe import load_recipe
+from qlx.training import check, parameter_table
+from tests.conftest import DIGITS_BASE, DIGITS_RUN, PYTHON_RUN, recipe_of
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_ours(path, digits_base, python_base):
+    built_in = {"runs/digits-base": digits_base, "runs/python-base": python_base}
+    recipe = load_recipe(path)
+    name = recipe.base.path
+    found = check(recipe if name not in built_in else load_recipe(path, [f"base.path={built_in[name]}"]))
+    assert found.train_examples > found.eval_examples > 0
+    if name is None or name in built_in:
+        assert found.base_found
+        assert not found.unchecked
+        assert bool(found.adapted) == (recipe.adapter is not None)
+    else:
+        assert not found.base_found
+        assert "not found locally" in found.unchecked[0]
+        assert found.trained_parameters is None
+
+
+def test_counts_are_those_of_training(digits_run, digits_base):
+    from qlx.checkpoint import open_checkpoint
+
+    manifest = open_checkpoint(digits_run).manifest
+    found = check(recipe_of(DIGITS_RUN, digits_base))
+    assert sorted(found.quantized) == sorted(manifest.quantization.modules)
+    assert set(found.adapted) == set(manifest.adapter.tensors)
+    assert found.trained_parameters == manifest.adapter.trained_parameters
+    assert found.total_parameters == manifest.adapter.total_parameters
+    assert found.tag == manifest.tag
+
+
+def test_model_built_from_nothing():
+    from qlx.models import Labels, build_config, build_model
+
+    recipe = recipe_of(DIGITS_BASE)
+    config = build_config(recipe.base.from_scratch, labels=Labels(tuple("0123456789")))
+    table = parameter_table(build_model("image-classification", config, seed=0))
+    assert check(recipe).trained_parameters == table.trained == table.total
+
+
+@pytest.mark.parametrize(
+    ("sections", "match"),
+    [
+        ({"adapter": {"target_modules": ["q_porj"]}}, "q_porj"),
+        ({"adapter": {"modules_to_save": ["classifer"]}}, "classifer"),
+        ({"adapter": {"rank_pattern": {"nothing": 2}}}, "nothing"),
+        ({"quantization": {"skip_modules": ["layer.99"]}}, "layer.99"),
+    ],
+)
+def test_names_that_match_nothing_are_told(sections, match, digits_base):
+    with pytest.raises(Unsupported, match=match):
+        check(recipe_of(DIGITS_RUN, digits_base, **sections))
+
+
+def test_missing_data_and_bases_are_told(digits_base, python_base, tmp_path):
+    text = {"source": "text", "path": str(tmp_path / "none.jsonl")}
+    with pytest.raises(InputRefused, match=r"none\.jsonl"):
+        check(recipe_of(PYTHON_RUN, python_base, data=text))
+    with pytest.raises(InputRefused, match="no such directory"):
+        check(recipe_of(DIGITS_RUN, tmp_path / "nowhere"))
+    with pytest.raises(Unsupported, match="llama"):
+        check(recipe_of(DIGITS_RUN, python_base))
+
+
+def test_a_hub_model_in_the_cache_is_used(digits_base, tmp_path, monkeypatch):
+    import shutil
+
+    import huggingface_hub.constants
+    import huggingface_hub.file_download
+
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--someone--vit" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(digits_base / name, snapshot / name)
+    (cache / "models--someone--vit" / "refs").mkdir()
+    (cache / "models--someone--vit" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.file_download, "HF_HUB_CACHE", str(cache), raising=False)
+    recipe = recipe_of(DIGITS_RUN)
+    found = check(recipe.model_copy(update={"base": recipe.base.model_copy(update={"path": "someone/vit"})}))
+    assert found.base_found
+    assert found.adapted
