@@ -7,8 +7,23 @@ from qlx.inputs.batches import Batch, eval_batches, image_batches, pad_batch, te
 from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
 from qlx.inputs.images import PREPROCESSOR_FILE, ImagePreprocessor, open_image
 from qlx.inputs.scoring import Score, negative_log_likelihood
-from qlx.inputs.splits import Encoded, ImageSplit, Split, TextSplit, encode_split, load_split, split_digest
-from qlx.inputs.text import TEMPLATE_FILE, TOKENIZER_FILES, TextCodec, TextExample, load_tokenizer, train_tokenizer
+from qlx.inputs.splits import (
+    Encoded,
+    ImageSplit,
+    Split,
+    TextSplit,
+    encode_split,
+    load_split,
+    split_digest,
+)
+from qlx.inputs.text import (
+    TEMPLATE_FILE,
+    TOKENIZER_FILES,
+    TextCodec,
+    TextExample,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 __all__ = [
     "DEFAULT_TEMPLATE",

@@ -55,7 +55,12 @@ def image_batches(split: ImageSplit, preprocessor: ImagePreprocessor, size: int)
 
 
 def eval_batches(
-    data: DataSection, directory: Path, *, split: Split = "eval", size: int = 32, completion_only: bool = True
+    data: DataSection,
+    directory: Path,
+    *,
+    split: Split = "eval",
+    size: int = 32,
+    completion_only: bool = True,
 ) -> Iterator[Batch]:
     """The examples a data section holds out, prepared with the files of a model or checkpoint directory.
 
@@ -68,5 +73,7 @@ def eval_batches(
         return
     codec = TextCodec.from_directory(directory)
     limit = data.eval_limit if split == "eval" else data.train_limit
-    items = encode_split(loaded, codec, data.max_length, completion_only=completion_only, limit=limit)
+    items = encode_split(
+        loaded, codec, data.max_length, completion_only=completion_only, limit=limit
+    )
     yield from text_batches(items, codec.pad_id, size)

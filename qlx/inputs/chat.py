@@ -28,7 +28,11 @@ _MAX_TEXT = 2**22
 
 
 def render_chat(
-    template: str, messages: Sequence[Message], *, answer_next: bool, specials: Mapping[str, str] | None = None
+    template: str,
+    messages: Sequence[Message],
+    *,
+    answer_next: bool,
+    specials: Mapping[str, str] | None = None,
 ) -> str:
     """Render messages; with `answer_next` the text ends where the assistant's answer begins.
 
@@ -46,10 +50,14 @@ def render_chat(
         variables = {"bos_token": "", "eos_token": "", **(specials or {})}
         pieces: list[str] = []
         length = 0
-        for piece in compiled.generate(messages=list(messages), add_generation_prompt=answer_next, **variables):
+        for piece in compiled.generate(
+            messages=list(messages), add_generation_prompt=answer_next, **variables
+        ):
             length += len(piece)
             if length > _MAX_TEXT:
-                raise UnsafeInput("the chat template produced more than 4 million characters, refused")
+                raise UnsafeInput(
+                    "the chat template produced more than 4 million characters, refused"
+                )
             pieces.append(piece)
     except jinja2.exceptions.SecurityError as error:
         raise UnsafeInput(f"the chat template tries to leave its sandbox ({error})") from error

@@ -47,7 +47,9 @@ def _render(image: NDArray[np.float64]) -> Images:
 
 def _shift(grey: Images, random: np.random.Generator) -> Images:
     pillow = require("PIL.Image", "train")
-    turned = pillow.fromarray(grey).rotate(random.uniform(*_ANGLE), resample=pillow.Resampling.BILINEAR)
+    turned = pillow.fromarray(grey).rotate(
+        random.uniform(*_ANGLE), resample=pillow.Resampling.BILINEAR
+    )
     ink = np.asarray(turned, np.float64)[..., None] / 255
     dark = random.uniform(0, _COLOUR_RANGE, 3)
     light = random.uniform(255 - _COLOUR_RANGE, 255, 3)

@@ -55,11 +55,15 @@ class ImagePreprocessor:
         """
         path = Path(directory) / PREPROCESSOR_FILE
         if not path.is_file():
-            raise InputRefused(f"{path}: missing, so it is not known how images are prepared for this model")
+            raise InputRefused(
+                f"{path}: missing, so it is not known how images are prepared for this model"
+            )
         try:
             return cls._from_config(load_json(path))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CorruptCheckpoint(f"{path}: not an image preprocessor configuration ({error})") from error
+            raise CorruptCheckpoint(
+                f"{path}: not an image preprocessor configuration ({error})"
+            ) from error
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> "ImagePreprocessor":
@@ -73,7 +77,9 @@ class ImagePreprocessor:
             size=_size(config.get("size", 224)) if config.get("do_resize", True) else None,
             crop=crop,
             resample=int(config.get("resample", 2)),
-            rescale=float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else None,
+            rescale=float(config.get("rescale_factor", 1 / 255))
+            if config.get("do_rescale", True)
+            else None,
             mean=_channels(config["image_mean"]) if normalize else None,
             std=_channels(config["image_std"]) if normalize else None,
             kind=str(config.get("image_processor_type", "ViTImageProcessor")),
@@ -81,7 +87,9 @@ class ImagePreprocessor:
 
     def to_bytes(self) -> bytes:
         """The content of `preprocessor_config.json`; reading it back gives an equal preprocessor."""
-        size = {"shortest_edge": self.size} if isinstance(self.size, int) else _height_width(self.size)
+        size = (
+            {"shortest_edge": self.size} if isinstance(self.size, int) else _height_width(self.size)
+        )
         config = {
             "image_processor_type": self.kind,
             "do_resize": self.size is not None,
@@ -110,13 +118,16 @@ class ImagePreprocessor:
         if self.rescale is not None:
             values = (pixels.astype(np.float64) * self.rescale).astype(np.float32)
         if self.mean is not None and self.std is not None:
-            values = ((values.T - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)).T
+            mean, std = (np.array(value, np.float32) for value in (self.mean, self.std))
+            values = ((values.T - mean) / std).T.astype(np.float32)
         return np.ascontiguousarray(values, dtype=np.float32)
 
     def _resize(self, picture: "Image") -> "Image":
         if self.size is None:
             return picture
-        height, width = self.size if isinstance(self.size, tuple) else _shortest_edge(picture, self.size)
+        height, width = (
+            self.size if isinstance(self.size, tuple) else _shortest_edge(picture, self.size)
+        )
         return picture.resize((width, height), resample=self.resample)
 
 
@@ -174,7 +185,9 @@ def _rgb(image: Any) -> "Image":
     pillow = require("PIL.Image", "train")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise InputRefused(f"an image array must be uint8 [H, W, 3] or [H, W], not {image.dtype} {image.shape}")
+            raise InputRefused(
+                f"an image array must be uint8 [H, W, 3] or [H, W], not {image.dtype} {image.shape}"
+            )
         image = pillow.fromarray(image)
     converted: Image = image.convert("RGB")
     return converted
@@ -190,7 +203,9 @@ def open_image(source: Any) -> "Image":
     try:
         with pillow.open(source) as image:
             if image.size[0] * image.size[1] > MAX_PIXELS:
-                raise InputRefused(f"{_named(source)}: {image.size[0]}×{image.size[1]} pixels are too many; scale it down")
+                raise InputRefused(
+                    f"{_named(source)}: {image.size[0]}×{image.size[1]} pixels are too many; scale it down"
+                )
             converted: Image = image.convert("RGB")
             return converted
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:

@@ -15,9 +15,10 @@ from qlx.errors import InputRefused
 __all__ = ["python_docstrings", "python_sources"]
 
 _LEFT_OUT = frozenset(
-    ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip")
-    + ("pydoc_data", "encodings", "__pycache__", "lib-dynload", "__phello__")
-)
+    ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo")
+) | {"ensurepip", "pydoc_data", "encodings", "__pycache__", "lib-dynload", "__phello__"}
+"""Directories whose modules are not read: tests, installed packages, tables rather than prose."""
+
 _SUMMARY_LENGTH = (12, 100)
 _SIGNATURE_LENGTH = 160
 
@@ -34,7 +35,9 @@ def python_sources() -> tuple[str, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = tuple(text for path in _modules(root) if (text := _read(path)) is not None)
     if not texts:
-        raise InputRefused(f"{root}: this Python's standard library is not there as source files; use your own data")
+        raise InputRefused(
+            f"{root}: this Python's standard library is not there as source files; use your own data"
+        )
     return texts
 
 
@@ -59,7 +62,8 @@ def _modules(root: Path) -> list[Path]:
     kept = [
         path
         for path in inner
-        if not _LEFT_OUT.intersection(path.parts[:-1]) and not path.name.startswith("_sysconfigdata")
+        if not _LEFT_OUT.intersection(path.parts[:-1])
+        and not path.name.startswith("_sysconfigdata")
     ]
     return [root / path for path in sorted(kept, key=Path.as_posix)]
 

@@ -61,5 +61,9 @@ class Score:
             raise InputRefused("the evaluation data hold nothing to predict")
         loss, accuracy = self.loss / self.count, self.correct / self.count
         if self.task == "causal-lm":
-            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": accuracy}
+            return {
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700.0)),
+                "token_accuracy": accuracy,
+            }
         return {"accuracy": accuracy, "loss": loss}

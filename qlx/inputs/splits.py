@@ -17,11 +17,21 @@ from qlx.inputs.tables import read_examples
 from qlx.inputs.text import TextCodec, TextExample
 from qlx.recipe import DataSection
 
-__all__ = ["Encoded", "ImageSplit", "Split", "TextSplit", "encode_split", "load_split", "split_digest"]
+__all__ = [
+    "Encoded",
+    "ImageSplit",
+    "Split",
+    "TextSplit",
+    "encode_split",
+    "load_split",
+    "split_digest",
+]
 
 Split = Literal["train", "eval"]
 
-_IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"))
+_IMAGE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+)
 _EVAL_NAMES = ("eval", "val", "valid", "validation", "test")
 _SHIFTED_COPIES = 2
 
@@ -30,7 +40,7 @@ _SHIFTED_COPIES = 2
 class ImageSplit:
     """Images (uint8 arrays [H, W, 3], or paths decoded on use), labels int64 [n] and class names."""
 
-    images: Sequence[Any]
+    images: Sequence[Any] | NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
 
@@ -79,7 +89,11 @@ def split_digest(split: ImageSplit | TextSplit) -> str:
     if isinstance(split, ImageSplit):
         digest.update(repr(split.classes).encode() + split.labels.tobytes())
         for image in split.images:
-            digest.update(image.read_bytes() if isinstance(image, Path) else np.ascontiguousarray(image).tobytes())
+            digest.update(
+                image.read_bytes()
+                if isinstance(image, Path)
+                else np.ascontiguousarray(image).tobytes()
+            )
     else:
         for example in split.examples:
             digest.update(repr((example.prompt, example.completion, example.messages)).encode())
@@ -95,7 +109,9 @@ def _limited(split: ImageSplit, limit: int | None) -> ImageSplit:
 def _indices(count: int, data: DataSection, split: Split) -> NDArray[np.int64]:
     """The shuffled positions that belong to a split; at least one example goes to each."""
     if count < 2:
-        raise InputRefused(f"{data.path or data.source}: {count} examples cannot be divided into training and evaluation")
+        raise InputRefused(
+            f"{data.path or data.source}: {count} examples cannot be divided into training and evaluation"
+        )
     order = np.random.default_rng([data.seed, 0]).permutation(count)
     held_out = min(max(1, round(count * data.eval_fraction)), count - 1)
     return order[:held_out] if split == "eval" else order[held_out:]
@@ -114,17 +130,25 @@ def _digits_split(data: DataSection, split: Split) -> ImageSplit:
 def _folder_split(data: DataSection, split: Split) -> ImageSplit:
     root = Path(data.path or "")
     if not root.is_dir():
-        raise InputRefused(f"{root}: no such directory (source images needs one directory per class)")
+        raise InputRefused(
+            f"{root}: no such directory (source images needs one directory per class)"
+        )
     held_out = next((root / name for name in _EVAL_NAMES if (root / name).is_dir()), None)
     if held_out is not None and (root / "train").is_dir():
         return _folder(root / "train" if split == "train" else held_out, _classes(root / "train"))
     everything = _folder(root, _classes(root))
     chosen = _indices(len(everything), data, split)
-    return ImageSplit([everything.images[at] for at in chosen], everything.labels[chosen], everything.classes)
+    return ImageSplit(
+        [everything.images[at] for at in chosen], everything.labels[chosen], everything.classes
+    )
 
 
 def _classes(root: Path) -> tuple[str, ...]:
-    names = tuple(sorted(item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith(".")))
+    names = tuple(
+        sorted(
+            item.name for item in root.iterdir() if item.is_dir() and not item.name.startswith(".")
+        )
+    )
     if len(names) < 2:
         raise InputRefused(f"{root}: needs one directory per class, two at least")
     return names
@@ -148,7 +172,12 @@ def _texts(data: DataSection) -> list[TextExample]:
         return [TextExample(completion=text) for text in python_sources()]
     if data.source == "python-docstrings":
         return [
-            TextExample(messages=({"role": "user", "content": ask}, {"role": "assistant", "content": answer}))
+            TextExample(
+                messages=(
+                    {"role": "user", "content": ask},
+                    {"role": "assistant", "content": answer},
+                )
+            )
             for ask, answer in python_docstrings()
         ]
     if data.source != "text" or data.path is None:
@@ -161,7 +190,12 @@ def _part(examples: list[TextExample], data: DataSection, split: Split) -> tuple
 
 
 def encode_split(
-    split: TextSplit, codec: TextCodec, max_length: int, *, completion_only: bool, limit: int | None = None
+    split: TextSplit,
+    codec: TextCodec,
+    max_length: int,
+    *,
+    completion_only: bool,
+    limit: int | None = None,
 ) -> list[Encoded]:
     """Token ids and labels of a split: plain texts are joined and cut into blocks, others stay apart.
 
@@ -174,7 +208,9 @@ def encode_split(
             break
         encoded.append(item)
     if not encoded:
-        raise InputRefused(f"no text of the data fills or fits data.max_length {max_length}; lower it or give more text")
+        raise InputRefused(
+            f"no text of the data fills or fits data.max_length {max_length}; lower it or give more text"
+        )
     return encoded
 
 

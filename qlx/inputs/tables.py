@@ -28,7 +28,10 @@ def read_examples(path: Path) -> list[TextExample]:
         raise Unsupported(f"{path}: text data must be a .jsonl, .csv or .parquet file")
     if not path.is_file():
         raise InputRefused(f"{path}: no such file")
-    examples = [_example(row, f"{path}: row {number}") for number, row in enumerate(readers[path.suffix](path), 1)]
+    examples = [
+        _example(row, f"{path}: row {number}")
+        for number, row in enumerate(readers[path.suffix](path), 1)
+    ]
     if not examples:
         raise InputRefused(f"{path}: holds no examples")
     return examples
@@ -73,11 +76,15 @@ def _example(row: Mapping[str, Any], where: str) -> TextExample:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
             return TextExample(messages=_messages([*prompt, *completion], where))
-        return TextExample(prompt=_text(prompt, "prompt", where), completion=_text(completion, "completion", where))
+        return TextExample(
+            prompt=_text(prompt, "prompt", where), completion=_text(completion, "completion", where)
+        )
     if "text" in row:
         return TextExample(completion=_text(row["text"], "text", where))
     columns = ", ".join(map(repr, row)) or "none"
-    raise InputRefused(f"{where}: needs the columns messages, or prompt and completion, or text (it has {columns})")
+    raise InputRefused(
+        f"{where}: needs the columns messages, or prompt and completion, or text (it has {columns})"
+    )
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -92,7 +99,11 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
     for message in value:
         roles = isinstance(message, dict) and message.get("role") in _ROLES
         if not roles or not isinstance(message.get("content"), str):
-            raise InputRefused(f"{where}: each message needs a role ({', '.join(_ROLES)}) and a text content")
+            raise InputRefused(
+                f"{where}: each message needs a role ({', '.join(_ROLES)}) and a text content"
+            )
     if value[-1]["role"] != "assistant":
-        raise InputRefused(f"{where}: the last message must be the assistant's; it is what is learned")
+        raise InputRefused(
+            f"{where}: the last message must be the assistant's; it is what is learned"
+        )
     return tuple({"role": message["role"], "content": message["content"]} for message in value)

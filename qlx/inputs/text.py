@@ -13,12 +13,25 @@ from qlx.checkpoint import canonical_json, load_json
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, require
 from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
 
-__all__ = ["TEMPLATE_FILE", "TOKENIZER_FILES", "TextCodec", "TextExample", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "TEMPLATE_FILE",
+    "TOKENIZER_FILES",
+    "TextCodec",
+    "TextExample",
+    "load_tokenizer",
+    "train_tokenizer",
+]
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-TOKENIZER_FILES = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE, "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 """Files a tokenizer consists of; those that exist are carried from checkpoint to checkpoint."""
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -36,11 +49,13 @@ def load_tokenizer(directory: Path) -> Any:
     """
     path = Path(directory) / TOKENIZER_FILE
     if not path.is_file():
-        raise InputRefused(f"{path}: missing; save the model with a fast tokenizer (tokenizer.json)")
+        raise InputRefused(
+            f"{path}: missing; save the model with a fast tokenizer (tokenizer.json)"
+        )
     tokenizers = require("tokenizers", "train")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:  # noqa: BLE001 - the library raises a bare Exception and nothing else
+    except Exception as error:
         raise CorruptCheckpoint(f"{path}: not a tokenizer ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -86,7 +101,9 @@ class TextCodec:
         tokenizer = load_tokenizer(directory)
         path = directory / CONFIG_FILE
         config = load_json(path) if path.is_file() else {}
-        specials = {name: _token_text(config.get(name)) for name in ("pad_token", "eos_token", "bos_token")}
+        specials = {
+            name: _token_text(config.get(name)) for name in ("pad_token", "eos_token", "bos_token")
+        }
         named = {name: text for name, text in specials.items() if text is not None}
         for name, text in named.items():
             if tokenizer.token_to_id(text) is None:
@@ -124,7 +141,10 @@ class TextCodec:
         prompt = self.chat(example.messages[:-1], answer_next=True)
         whole = self.chat(example.messages, answer_next=False)
         if not whole.startswith(prompt):
-            raise InputRefused("the chat template rewrites earlier messages, so the answer cannot be told apart; use prompt/completion data")
+            raise InputRefused(
+                "the chat template rewrites earlier messages, so the answer cannot be told apart; "
+                "give prompt and completion instead"
+            )
         answer = self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False).ids
         return self.tokenizer.encode(prompt, add_special_tokens=False).ids, answer
 
@@ -132,7 +152,9 @@ class TextCodec:
         end = self.end_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
-    def encode(self, example: TextExample, max_length: int, *, completion_only: bool) -> tuple[list[int], list[int]]:
+    def encode(
+        self, example: TextExample, max_length: int, *, completion_only: bool
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels of one example; the prompt loses its beginning if both do not fit.
 
         Labels are -100 on the prompt when `completion_only`, else equal to the ids.
@@ -162,7 +184,11 @@ def _template(directory: Path, config: Mapping[str, Any]) -> str:
         return path.read_text("utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
         template = named.get("default")
     return template if isinstance(template, str) else DEFAULT_TEMPLATE
 
@@ -180,12 +206,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
     bytes_alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
     specials = [PAD, END, *_ROLES]
     if vocab_size < len(bytes_alphabet) + len(specials):
-        raise Unsupported(f"vocab_size {vocab_size} is too small; a byte-level tokenizer needs {256 + len(specials)} or more")
+        raise Unsupported(
+            f"vocab_size {vocab_size} is too small; a byte-level tokenizer needs {256 + len(specials)} or more"
+        )
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=bytes_alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=bytes_alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return {

@@ -5,4 +5,12 @@ from qlx.training.checks import DryRun, check
 from qlx.training.run import train
 from qlx.training.trainable import ParameterRow, ParameterTable, parameter_table
 
-__all__ = ["DryRun", "ParameterRow", "ParameterTable", "check", "parameter_table", "save_adapter", "train"]
+__all__ = [
+    "DryRun",
+    "ParameterRow",
+    "ParameterTable",
+    "check",
+    "parameter_table",
+    "save_adapter",
+    "train",
+]

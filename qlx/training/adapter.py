@@ -45,7 +45,9 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SYNTHETIC = "the unmerged model on its base, in fp32, on synthetic inputs"
 
 
-def save_adapter(source: Path, output: Path, *, base: str | None = None, force: bool = False) -> Checkpoint:
+def save_adapter(
+    source: Path, output: Path, *, base: str | None = None, force: bool = False
+) -> Checkpoint:
     """Write an adapter checkpoint, which plain PEFT loads as it is.
 
     A run's adapter is copied byte for byte, with its probe. A plain PEFT directory needs `base`: the
@@ -66,16 +68,26 @@ def save_adapter(source: Path, output: Path, *, base: str | None = None, force: 
     if is_checkpoint(source):
         return _from_run(open_checkpoint(source), Path(output), base, force)
     if not (source / _ADAPTER_FILES[0]).is_file():
-        raise InputRefused(f"{source}: neither a qlx checkpoint nor a PEFT adapter (no {_ADAPTER_FILES[0]})")
+        raise InputRefused(
+            f"{source}: neither a qlx checkpoint nor a PEFT adapter (no {_ADAPTER_FILES[0]})"
+        )
     if base is None:
-        raise UsageError(f"{source}: a plain PEFT directory does not name its base by content; give --base")
+        raise UsageError(
+            f"{source}: a plain PEFT directory does not name its base by content; give --base"
+        )
     return _from_peft(source, resolve_source(base), Path(output), force)
 
 
 def _from_run(run: Checkpoint, output: Path, base: str | None, force: bool) -> Checkpoint:
     manifest = run.manifest
-    if manifest.kind not in ("run", "adapter") or manifest.adapter is None or manifest.adapter.type != "lora":
-        raise InputRefused(f"{run.path}: a checkpoint of kind {manifest.kind!r} without an adapter of its own")
+    if (
+        manifest.kind not in ("run", "adapter")
+        or manifest.adapter is None
+        or manifest.adapter.type != "lora"
+    ):
+        raise InputRefused(
+            f"{run.path}: a checkpoint of kind {manifest.kind!r} without an adapter of its own"
+        )
     if base is not None:
         require_base(manifest, resolve_source(base))
     step = next_step("save-adapter", parents=(run.digest,))

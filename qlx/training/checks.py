@@ -6,7 +6,7 @@ from typing import Any
 
 from qlx.checkpoint import Source, resolve_source
 from qlx.errors import InputRefused, Unsupported, require
-from qlx.inputs import ImagePreprocessor, ImageSplit, TextCodec, load_split
+from qlx.inputs import ImagePreprocessor, ImageSplit, TextCodec, TextSplit, load_split
 from qlx.models import Labels, build_config, empty_model, read_config
 from qlx.recipe import Recipe
 from qlx.training.job import new_head
@@ -39,6 +39,14 @@ class DryRun:
     unchecked: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Findings:
+    adapted: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
+    trained: int | None = None
+    total: int | None = None
+
+
 def check(recipe: Recipe) -> DryRun:
     """Check a recipe's data, base configuration, target and skip modules; no weight is read.
 
@@ -50,25 +58,24 @@ def check(recipe: Recipe) -> DryRun:
     """
     train, held_out = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
     source = _local_base(recipe)
-    unchecked: tuple[str, ...] = ()
-    if recipe.base.path is not None and source is None:
-        unchecked = (f"base {recipe.base.path} not found locally; target modules and tokenizer not checked",)
-        adapted, quantized, counts = (), (), (None, None)
-    else:
-        adapted, quantized, counts = _check_model(recipe, None if source is None else source.path, train)
+    found = recipe.base.path is None or source is not None
+    model = _Findings()
+    if found:
+        model = _check_model(recipe, None if source is None else source.path, train)
+    missing = f"base {recipe.base.path} not found locally; target modules and tokenizer not checked"
     return DryRun(
         recipe=recipe.name,
         task=recipe.task,
         tag=tag_of(recipe, recipe.base.path),
         base=recipe.base.path,
-        base_found=recipe.base.path is None or source is not None,
+        base_found=found,
         train_examples=len(train),
         eval_examples=len(held_out),
-        adapted=adapted,
-        quantized=quantized,
-        trained_parameters=counts[0],
-        total_parameters=counts[1],
-        unchecked=unchecked,
+        adapted=model.adapted,
+        quantized=model.quantized,
+        trained_parameters=model.trained,
+        total_parameters=model.total,
+        unchecked=() if found else (missing,),
     )
 
 
@@ -81,31 +88,38 @@ def _local_base(recipe: Recipe) -> Source | None:
         return resolve_source(name, recipe.base.revision)
     repo, _, revision = name.partition("@")
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise InputRefused(f"{name}: no such directory (a hub model is named owner/model, optionally @revision)")
+        raise InputRefused(
+            f"{name}: no such directory (a hub model is named owner/model, optionally @revision)"
+        )
     hub = require("huggingface_hub", "train")
-    cached = hub.try_to_load_from_cache(repo, "config.json", revision=revision or recipe.base.revision)
-    return Source(Path(cached).parent, repo, revision or recipe.base.revision) if isinstance(cached, str) else None
+    cached = hub.try_to_load_from_cache(
+        repo, "config.json", revision=revision or recipe.base.revision
+    )
+    return (
+        Source(Path(cached).parent, repo, revision or recipe.base.revision)
+        if isinstance(cached, str)
+        else None
+    )
 
 
-def _check_model(
-    recipe: Recipe, base: Path | None, train: Any
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, int]]:
-    """Adapted modules, quantized modules, and (trained, all) parameters, on a model without memory."""
+def _check_model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSplit) -> _Findings:
+    """What becomes of the recipe's architecture, on a model without memory."""
     from qlx.adapters import adapted_modules, attach_adapter, parameter_counts
     from qlx.quant import eligible_modules
 
     model: Any = _model(recipe, base, train)
+    section = recipe.quantization
     quantized: tuple[str, ...] = ()
-    if recipe.quantization is not None:
-        section = recipe.quantization
-        quantized = tuple(eligible_modules(model, section.skip_modules, section.block_size))
-    if recipe.adapter is None:
-        return (), quantized, parameter_counts(model)
-    model = attach_adapter(model, recipe.adapter, task=recipe.task)
-    return tuple(adapted_modules(model)), quantized, parameter_counts(model)
+    if section is not None:
+        quantized = tuple(eligible_modules(model, section.skip_modules, section.values_per_scale))
+    adapted: tuple[str, ...] = ()
+    if recipe.adapter is not None:
+        model = attach_adapter(model, recipe.adapter, task=recipe.task)
+        adapted = tuple(adapted_modules(model))
+    return _Findings(adapted, quantized, *parameter_counts(model))
 
 
-def _model(recipe: Recipe, base: Path | None, train: Any) -> Any:
+def _model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSplit) -> Any:
     """The recipe's architecture on torch's meta device; a base's preprocessing files are read, too."""
     import torch
 
@@ -113,11 +127,15 @@ def _model(recipe: Recipe, base: Path | None, train: Any) -> Any:
     if base is None:
         assert recipe.base.from_scratch is not None
         if recipe.base.from_scratch.model_type not in ("vit", "llama"):
-            raise Unsupported(f"base.from_scratch: {recipe.base.from_scratch.model_type!r} cannot be built")
+            raise Unsupported(
+                f"base.from_scratch: {recipe.base.from_scratch.model_type!r} cannot be built"
+            )
         from qlx.models import auto_class
 
         with torch.device("meta"):
-            return auto_class(recipe.task).from_config(build_config(recipe.base.from_scratch, labels=labels))
+            return auto_class(recipe.task).from_config(
+                build_config(recipe.base.from_scratch, labels=labels)
+            )
     read_config(base, recipe.task)
     if labels is None:
         TextCodec.from_directory(base)

@@ -17,13 +17,20 @@ from qlx.models import (
     build_model,
     load_base,
     read_config,
+    stored_codes,
     tensor_names,
     torch_float,
     with_quantized_names,
 )
 from qlx.quant import SCALE_DTYPE
 from qlx.recipe import QuantizationSection, Recipe
-from qlx.training.material import GENERATION_FILE, ImageMaterial, Material, TextMaterial, load_material
+from qlx.training.material import (
+    GENERATION_FILE,
+    ImageMaterial,
+    Material,
+    TextMaterial,
+    load_material,
+)
 from qlx.training.progress import Reporter
 from qlx.training.trainable import require_only_adapter
 
@@ -76,6 +83,24 @@ def quant_spec(section: QuantizationSection | None, stored_dtype: str) -> QuantS
     )
 
 
+def base_quantization(recipe: Recipe, base: Path) -> QuantSpec:
+    """How the base is quantized in training: as the recipe says, or as it already is in its files.
+
+    Raises:
+        Unsupported: the recipe would quantize codes again, or train them without an adapter.
+    """
+    stored = stored_codes(base)
+    if stored is None:
+        return quant_spec(recipe.quantization, recipe.base.dtype)
+    if recipe.quantization is not None or recipe.adapter is None:
+        what = "leave out the section quantization" if recipe.adapter else "add the section adapter"
+        raise Unsupported(
+            f"{base}: its weights are {stored.method} codes and stay as they are; {what}"
+        )
+    dtype = recipe.base.dtype
+    return stored.spec(compute_dtype=dtype, extras={STORED_DTYPE: dtype})
+
+
 def _scales(section: QuantizationSection) -> dict[str, str]:
     return {} if section.scale_dtype == "float32" else {SCALE_DTYPE: section.scale_dtype}
 
@@ -87,7 +112,9 @@ def prepare(recipe: Recipe, work: Path, report: Reporter) -> Job:
         InputRefused: the base or the data cannot be used; the message says which and why.
         CheckFailed: something other than the adapter would be trained.
     """
-    source = None if recipe.base.path is None else resolve_source(recipe.base.path, recipe.base.revision)
+    source = (
+        None if recipe.base.path is None else resolve_source(recipe.base.path, recipe.base.revision)
+    )
     material = load_material(recipe, None if source is None else source.path, work)
     report(f"data: {material.counts[0]:,} examples to train on, {material.counts[1]:,} held out")
     if source is None:
@@ -102,25 +129,45 @@ def _from_scratch(recipe: Recipe, material: Material) -> Job:
         config = build_config(section, labels=material.labels)
     else:
         codec = material.codec
-        special = {"pad_token_id": codec.pad_id, "eos_token_id": codec.end_id, "vocab_size": codec.tokenizer.get_vocab_size()}
+        special = {
+            "pad_token_id": codec.pad_id,
+            "eos_token_id": codec.end_id,
+            "vocab_size": codec.tokenizer.get_vocab_size(),
+        }
         config = build_config(section, special=special)
     model: Any = build_model(recipe.task, config, seed=recipe.training.seed)
     if isinstance(material, TextMaterial):
         material.files[GENERATION_FILE] = canonical_json(_generation(model.generation_config))
-    return Job(recipe, model, material, None, quant_spec(None, "float32"), tensor_names(model), _config_bytes(model))
+    return Job(
+        recipe,
+        model,
+        material,
+        None,
+        quant_spec(None, "float32"),
+        tensor_names(model),
+        _config_bytes(model),
+    )
 
 
 def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
     labels = material.labels if isinstance(material, ImageMaterial) else None
     head = None if labels is None else new_head(recipe, labels, source.path)
-    quantization = quant_spec(recipe.quantization, recipe.base.dtype)
+    quantization = base_quantization(recipe, source.path)
     model = load_base(
-        source.path, recipe.task, dtype=torch_float(recipe.base.dtype), quant=quantization, new_head=head
+        source.path,
+        recipe.task,
+        dtype=torch_float(recipe.base.dtype),
+        quant=quantization,
+        new_head=head,
     )
     if quantization.quantized:
         quantization = with_quantized_names(model, quantization, source.path)
     names = tensor_names(model, source.path)
-    config = (source.path / CONFIG_FILE).read_bytes() if head is None and recipe.adapter else _config_bytes(model)
+    config = (
+        (source.path / CONFIG_FILE).read_bytes()
+        if head is None and recipe.adapter
+        else _config_bytes(model)
+    )
     if recipe.adapter is not None:
         model = _adapted(model, recipe)
         require_only_adapter(model, recipe.adapter)
@@ -139,7 +186,11 @@ def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 def _generation(config: Any) -> dict[str, Any]:
     """The fields of a generation configuration that are set."""
-    return {key: value for key, value in config.to_diff_dict().items() if value is not None and not key.startswith("_")}
+    return {
+        key: value
+        for key, value in config.to_diff_dict().items()
+        if value is not None and not key.startswith("_")
+    }
 
 
 def new_head(recipe: Recipe, labels: Labels, base: Path) -> Labels | None:
@@ -163,7 +214,9 @@ def new_head(recipe: Recipe, labels: Labels, base: Path) -> Labels | None:
 
 def _config_bytes(model: Any) -> bytes:
     """`config.json` of a model, without what depends on where it was loaded from."""
-    fields = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    fields = {
+        key: value for key, value in model.config.to_dict().items() if not key.startswith("_")
+    }
     fields["architectures"] = [type(model).__name__]
     fields["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     fields.pop("quantization_config", None)

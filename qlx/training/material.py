@@ -98,7 +98,9 @@ class TextMaterial:
         path = work / "tokenizer.json"
         path.write_bytes(self.files["tokenizer.json"])
         pad = self.codec.tokenizer.id_to_token(self.codec.pad_id)
-        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token=pad, eos_token=self.codec.end)
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(path), pad_token=pad, eos_token=self.codec.end
+        )
 
 
 Material = ImageMaterial | TextMaterial
@@ -114,7 +116,11 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
     digest = split_digest(train)
     if isinstance(train, ImageSplit) and isinstance(evaluation, ImageSplit):
         preprocessor = _preprocessor(recipe, base)
-        files = {PREPROCESSOR_FILE: preprocessor.to_bytes() if base is None else (base / PREPROCESSOR_FILE).read_bytes()}
+        files = {
+            PREPROCESSOR_FILE: preprocessor.to_bytes()
+            if base is None
+            else (base / PREPROCESSOR_FILE).read_bytes()
+        }
         return ImageMaterial(train, evaluation, preprocessor, files, digest)
     assert isinstance(train, TextSplit)
     assert isinstance(evaluation, TextSplit)
@@ -122,8 +128,12 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
     codec = _codec(files, work)
     data, only = recipe.data, recipe.training.completion_only
     return TextMaterial(
-        train=encode_split(train, codec, data.max_length, completion_only=only, limit=data.train_limit),
-        evaluation=encode_split(evaluation, codec, data.max_length, completion_only=only, limit=data.eval_limit),
+        train=encode_split(
+            train, codec, data.max_length, completion_only=only, limit=data.train_limit
+        ),
+        evaluation=encode_split(
+            evaluation, codec, data.max_length, completion_only=only, limit=data.eval_limit
+        ),
         codec=codec,
         files=files,
         digest=digest,
@@ -152,7 +162,9 @@ def _tokenizer_files(recipe: Recipe, base: Path | None, train: TextSplit) -> dic
 
 
 def _all_text(example: Any) -> str:
-    return "\n".join([example.prompt, example.completion, *(message["content"] for message in example.messages)])
+    return "\n".join(
+        [example.prompt, example.completion, *(message["content"] for message in example.messages)]
+    )
 
 
 def _codec(files: dict[str, bytes], work: Path) -> TextCodec:

@@ -44,7 +44,7 @@ def metrics_callback(path: Path, *, resumed_at: int | None) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
     offset = kept[-1]["seconds"] if kept else 0.0
 
-    class Metrics(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+    class Metrics(transformers.TrainerCallback):  # type: ignore[name-defined]
         started = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -70,7 +70,7 @@ def progress_callback(report: Reporter) -> Any:
     """A trainer callback that reports loss, learning rate and time left about twenty times."""
     transformers = require("transformers", "train")
 
-    class Lines(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+    class Lines(transformers.TrainerCallback):  # type: ignore[name-defined]
         started = 0.0
         first = 0
         shown = 0
@@ -82,10 +82,17 @@ def progress_callback(report: Reporter) -> Any:
             if not logs or "loss" not in logs:
                 return
             done = state.global_step - self.first
-            if state.global_step < state.max_steps and state.global_step - self.shown < state.max_steps / 20:
+            if (
+                state.global_step < state.max_steps
+                and state.global_step - self.shown < state.max_steps / 20
+            ):
                 return
             self.shown = state.global_step
-            left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+            left = (
+                (time.monotonic() - self.started)
+                / max(done, 1)
+                * (state.max_steps - state.global_step)
+            )
             report(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
                 f"lr {logs['learning_rate']:.2e}  {_clock(left)} left"

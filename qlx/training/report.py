@@ -59,7 +59,9 @@ def _curve(metrics: Sequence[dict[str, float]]) -> bytes:
     left.set_ylabel("training loss", color="#1f5fa8")
     left.grid(alpha=0.25)
     right = left.twinx()
-    right.plot(steps, [row["lr"] for row in metrics], color="#bbbbbb", linewidth=1.0, linestyle="--")
+    right.plot(
+        steps, [row["lr"] for row in metrics], color="#bbbbbb", linewidth=1.0, linestyle="--"
+    )
     right.set_ylabel("learning rate", color="#888888")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
@@ -68,7 +70,8 @@ def _curve(metrics: Sequence[dict[str, float]]) -> bytes:
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}
+td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}img.curve{max-width:100%}
 img.sample{width:72px;height:72px;image-rendering:pixelated}code{background:#f4f4f4;padding:0 .2rem}
 .bad{color:#a33}.good{color:#27713a}
@@ -114,12 +117,21 @@ def _facts(manifest: Manifest) -> str:
         rows += [("base", manifest.base.name), ("base fingerprint", manifest.base.fingerprint)]
     if quantization.quantized:
         double = ", double quantization" if quantization.double_quant else ""
-        rows.append(("quantization", f"{quantization.scheme}{double}, {len(quantization.modules)} layers"))
+        rows.append(
+            ("quantization", f"{quantization.scheme}{double}, {len(quantization.modules)} layers")
+        )
     if adapter is not None and adapter.type == "lora":
-        rows.append(("adapter", f"rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)}"))
+        rows.append(
+            (
+                "adapter",
+                f"rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)}",
+            )
+        )
     step = manifest.lineage[-1]
     rows += [("steps", step.options["steps"]), ("seed", step.seed), ("recipe", step.recipe_digest)]
-    return _table(("", ""), ((escape(name), f"<code>{escape(str(value))}</code>") for name, value in rows))
+    return _table(
+        ("", ""), ((escape(name), f"<code>{escape(str(value))}</code>") for name, value in rows)
+    )
 
 
 def _scores(before: dict[str, float], after: dict[str, float]) -> str:
@@ -138,8 +150,14 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 
 def _sample(sample: Sample) -> tuple[str, str, str, str]:
-    shown = f'<img class="sample" alt="" src="{_png(sample.picture)}">' if sample.picture else escape(sample.text)
-    marks = ("good" if answer == sample.expected else "bad" for answer in (sample.before, sample.after))
+    shown = (
+        f'<img class="sample" alt="" src="{_png(sample.picture)}">'
+        if sample.picture
+        else escape(sample.text)
+    )
+    marks = (
+        "good" if answer == sample.expected else "bad" for answer in (sample.before, sample.after)
+    )
     before, after = (
         f'<span class="{mark}">{escape(answer)}</span>'
         for mark, answer in zip(marks, (sample.before, sample.after), strict=True)

@@ -33,7 +33,13 @@ from qlx.models import CONFIG_FILE, forward_logits, load_model, make_probe
 from qlx.recipe import Recipe
 from qlx.training.job import Job, prepare
 from qlx.training.material import ImageMaterial, Material
-from qlx.training.progress import METRICS_FILE, Reporter, metrics_callback, progress_callback, read_metrics
+from qlx.training.progress import (
+    METRICS_FILE,
+    Reporter,
+    metrics_callback,
+    progress_callback,
+    read_metrics,
+)
 from qlx.training.report import RunSummary, Sample, write_report
 from qlx.training.samples import image_samples, text_samples
 from qlx.training.state import TRAINER_STATE_FILE, open_state, save_optimizer
@@ -78,11 +84,17 @@ def train(
         CheckFailed: the loss is no number, or what was written does not replay.
     """
     packed = recipe.quantization.backend if recipe.quantization else "qlx"
-    for module in ("transformers", "peft" if recipe.adapter else "torch", "torch" if packed == "qlx" else packed):
+    for module in (
+        "transformers",
+        "peft" if recipe.adapter else "torch",
+        "torch" if packed == "qlx" else packed,
+    ):
         require(module, "train")
     output = Path(output)
     if output.exists() and not force:
-        raise UsageError(f"{output}: exists already; choose another --output, or replace it with --force")
+        raise UsageError(
+            f"{output}: exists already; choose another --output, or replace it with --force"
+        )
     with _work(output, resume=resume, force=force) as work:
         job = prepare(recipe, work, report)
         before, trainer = _train(job, work, report)
@@ -97,10 +109,14 @@ def _work(output: Path, *, resume: bool, force: bool) -> Iterator[Path]:
     """`<output>.partial`: removed on success, and on an error of ours that left no state to go on from."""
     work = output.with_name(output.name + ".partial")
     if resume and not work.is_dir():
-        raise UsageError(f"{work}: there is no interrupted training to resume; start it without --resume")
+        raise UsageError(
+            f"{work}: there is no interrupted training to resume; start it without --resume"
+        )
     if work.exists() and not resume:
         if is_checkpoint(work / _STATE) and not force:
-            raise UsageError(f"{work}: holds an interrupted training; go on with --resume, or start anew with --force")
+            raise UsageError(
+                f"{work}: holds an interrupted training; go on with --resume, or start anew with --force"
+            )
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -132,11 +148,19 @@ def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], An
 def _trainer(job: Job, work: Path) -> Any:
     section, material = job.recipe.training, job.material
     if isinstance(material, ImageMaterial):
-        trainer = image_trainer(job.model, ImageDataset(material.train, material.preprocessor), section, work)
+        trainer = image_trainer(
+            job.model, ImageDataset(material.train, material.preprocessor), section, work
+        )
     else:
         tokenizer = material.fast_tokenizer(work)
-        trainer = text_trainer(job.model, material.train, tokenizer, section, work, job.recipe.data.max_length)
-    trainer.state_directory, trainer.belongs_to, trainer.task = work / _STATE, job.belongs_to, job.recipe.task
+        trainer = text_trainer(
+            job.model, material.train, tokenizer, section, work, job.recipe.data.max_length
+        )
+    trainer.state_directory, trainer.belongs_to, trainer.task = (
+        work / _STATE,
+        job.belongs_to,
+        job.recipe.task,
+    )
     return trainer
 
 
@@ -187,12 +211,16 @@ def _write_weights(job: Job, staging: Path) -> None:
         save_adapter(job.model, staging, base_name=name)
         return
     state = job.model.state_dict()
-    write_tensors(staging / SINGLE_FILE, {stored: state[name] for name, stored in job.names.items()})
+    write_tensors(
+        staging / SINGLE_FILE, {stored: state[name] for name, stored in job.names.items()}
+    )
 
 
 def _probe(job: Job) -> Probe:
     batch = job.material.probe(job.recipe)
-    return make_probe(job.model, job.recipe.task, batch.inputs, batch.labels, job.recipe.adapter is not None)
+    return make_probe(
+        job.model, job.recipe.task, batch.inputs, batch.labels, job.recipe.adapter is not None
+    )
 
 
 def _read_back(staged: Checkpoint, job: Job, probe: Probe) -> tuple[ProbeResult, list[Sample]]:
@@ -245,7 +273,10 @@ def _manifest(job: Job, steps: int, before: dict[str, float], after: dict[str, f
         base=None if source is None else source.reference(),
         quantization=job.quantization,
         adapter=_adapter_spec(job),
-        lineage=(*(() if source is None or source.manifest is None else source.manifest.lineage), step),
+        lineage=(
+            *(() if source is None or source.manifest is None else source.manifest.lineage),
+            step,
+        ),
         probe=ProbeRecord(reference=REFERENCE),
     )
 

@@ -23,7 +23,11 @@ _SIDE = 160
 def image_samples(split: ImageSplit, probe: Probe) -> list[Sample]:
     """The probe's images with the labels the model gives them, its adapter off and on."""
     after = probe.reference.argmax(axis=-1)
-    before = [""] * len(after) if probe.base is None else [split.classes[at] for at in probe.base.argmax(axis=-1)]
+    before = (
+        [""] * len(after)
+        if probe.base is None
+        else [split.classes[at] for at in probe.base.argmax(axis=-1)]
+    )
     return [
         Sample(
             expected=split.classes[int(split.labels[at])],

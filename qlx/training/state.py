@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlx.checkpoint import Manifest, Task, canonical_json, load_json, new_checkpoint, open_checkpoint, seal
+from qlx.checkpoint import (
+    Manifest,
+    Task,
+    canonical_json,
+    load_json,
+    new_checkpoint,
+    open_checkpoint,
+    seal,
+)
 from qlx.errors import CorruptCheckpoint, Mismatch, Unsupported
 from qlx.weights import read_tensors, write_tensors
 
@@ -58,7 +66,10 @@ def save_state(
         _save_random(staging)
         trainer_state.save_to_json(str(staging / TRAINER_STATE_FILE))
         (staging / "belongs_to.json").write_bytes(canonical_json({"belongs_to": belongs_to}))
-        seal(staging, Manifest(kind="run", task=task, tag=f"state-at-step-{trainer_state.global_step}"))
+        seal(
+            staging,
+            Manifest(kind="run", task=task, tag=f"state-at-step-{trainer_state.global_step}"),
+        )
 
 
 def open_state(directory: Path, belongs_to: str) -> Path:
@@ -70,7 +81,9 @@ def open_state(directory: Path, belongs_to: str) -> Path:
     """
     state = open_checkpoint(directory)
     if load_json(state.path / "belongs_to.json") != {"belongs_to": belongs_to}:
-        raise Mismatch(f"{directory}: saved with another recipe or base; go on with those, or remove it to start anew")
+        raise Mismatch(
+            f"{directory}: saved with another recipe or base; go on with those, or remove it to start anew"
+        )
     return state.path
 
 
@@ -83,7 +96,9 @@ def load_trained(directory: Path, model: nn.Module) -> None:
     saved = read_tensors(directory / _TRAINED_FILE)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if saved.keys() != trained.keys():
-        raise Mismatch(f"{directory}: parameter {min(saved.keys() ^ trained.keys())!r} is not in both state and model")
+        raise Mismatch(
+            f"{directory}: parameter {min(saved.keys() ^ trained.keys())!r} is not in both state and model"
+        )
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(saved[name])
@@ -123,7 +138,9 @@ def _plain(value: Any, what: str) -> Any:
         return {str(key): _plain(item, f"{what}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, what) for item in value]
-    raise Unsupported(f"{what} holds a {type(value).__name__}, which cannot be saved; choose another optimizer")
+    raise Unsupported(
+        f"{what} holds a {type(value).__name__}, which cannot be saved; choose another optimizer"
+    )
 
 
 def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -152,7 +169,7 @@ def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
 
 def _save_random(directory: Path) -> None:
     _, words, gauss = random.getstate()
-    legacy = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
     tensors = {
         "python": torch.tensor(words, dtype=torch.int64),
         "numpy": torch.from_numpy(np.asarray(legacy[1]).astype(np.int64)),

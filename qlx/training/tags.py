@@ -13,15 +13,24 @@ _LONGEST = 200
 def tag_of(recipe: Recipe, base_name: str | None) -> str:
     """Base, data, kind of training, adapter, quantization and the dtype of the head."""
     base = _word((base_name or "").rstrip("/").rpartition("/")[2])
-    data = _word(recipe.data.variant if recipe.data.source == "digits" else (recipe.data.path or recipe.data.source))
+    data = _word(
+        recipe.data.variant
+        if recipe.data.source == "digits"
+        else (recipe.data.path or recipe.data.source)
+    )
     subject = f"{base}-{data}" if base else recipe.name
     parts = [subject, "SFT" if base else "PT"]
     if recipe.adapter is not None:
-        kind = "DoRa" if recipe.adapter.use_dora else "rsLoRa" if recipe.adapter.use_rslora else "LoRa"
+        kind = (
+            "DoRa" if recipe.adapter.use_dora else "rsLoRa" if recipe.adapter.use_rslora else "LoRa"
+        )
         parts.append(f"{kind}{recipe.adapter.rank}")
     if recipe.quantization is not None:
         double = "-dq" if recipe.quantization.double_quant else ""
-        parts += ["QLORA", f"w{recipe.quantization.weight_bits}-{recipe.quantization.quant_type}{double}"]
+        parts += [
+            "QLORA",
+            f"w{recipe.quantization.weight_bits}-{recipe.quantization.quant_type}{double}",
+        ]
     parts.append(f"head{_SHORT[recipe.base.dtype]}")
     return "_".join(parts)[:_LONGEST]
 
@@ -29,4 +38,6 @@ def tag_of(recipe: Recipe, base_name: str | None) -> str:
 def _word(text: str) -> str:
     """The last path component with everything but letters, digits, dots and dashes made a dash."""
     last = text.rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^A-Za-z0-9.]+", "-", last.rpartition(".")[0] if "." in last[1:] and "/" in text else last).strip("-")
+    return re.sub(
+        r"[^A-Za-z0-9.]+", "-", last.rpartition(".")[0] if "." in last[1:] and "/" in text else last
+    ).strip("-")

@@ -10,7 +10,13 @@ from qlx.adapters import adapted_modules, parameter_counts
 from qlx.errors import CheckFailed
 from qlx.recipe import AdapterSection
 
-__all__ = ["ParameterRow", "ParameterTable", "parameter_table", "require_in_optimizer", "require_only_adapter"]
+__all__ = [
+    "ParameterRow",
+    "ParameterTable",
+    "parameter_table",
+    "require_in_optimizer",
+    "require_only_adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,13 @@ class ParameterTable:
 
     def lines(self) -> list[str]:
         """The table as lines of text."""
-        lines = [f"  {row.group:<28} {row.tensors:>4} tensors {row.parameters:>12,}" for row in self.rows]
-        return [*lines, f"  {'trained of all':<28} {self.trained:>12,} of {self.total:,} ({self.share:.2%})"]
+        lines = [
+            f"  {row.group:<28} {row.tensors:>4} tensors {row.parameters:>12,}" for row in self.rows
+        ]
+        return [
+            *lines,
+            f"  {'trained of all':<28} {self.trained:>12,} of {self.total:,} ({self.share:.2%})",
+        ]
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
@@ -77,7 +88,9 @@ def require_only_adapter(model: nn.Module, section: AdapterSection) -> None:
     adapted = set(adapted_modules(model))
     foreign = [name for name in trained if not _asked_for(name, section, adapted)]
     if foreign:
-        raise CheckFailed(f"parameter {foreign[0]!r} of the base would be trained ({len(foreign)} such); it must be frozen")
+        raise CheckFailed(
+            f"parameter {foreign[0]!r} of the base would be trained ({len(foreign)} such); it must be frozen"
+        )
     if not trained:
         raise CheckFailed("the adapter has no trainable parameters; check adapter.target_modules")
 
@@ -88,7 +101,9 @@ def _asked_for(name: str, section: AdapterSection, adapted: Iterable[str]) -> bo
         return True
     if parts[-1] != "bias" or section.bias == "none":
         return False
-    module = name.removeprefix("base_model.model.").removesuffix(".bias").removesuffix(".base_layer")
+    module = (
+        name.removeprefix("base_model.model.").removesuffix(".bias").removesuffix(".base_layer")
+    )
     return section.bias == "all" or module in adapted
 
 
@@ -99,9 +114,15 @@ def require_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         CheckFailed: it misses one, or would change a frozen one.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        id(parameter): name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     missing = [name for key, name in trained.items() if key not in held]
     if missing:
         raise CheckFailed(f"parameter {missing[0]!r} is trainable but not in the optimizer")
     if held - trained.keys():
-        raise CheckFailed(f"the optimizer holds {len(held - trained.keys())} parameters that must not be trained")
+        raise CheckFailed(
+            f"the optimizer holds {len(held - trained.keys())} parameters that must not be trained"
+        )

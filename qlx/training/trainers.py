@@ -132,7 +132,9 @@ def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
         "num_train_epochs": section.epochs,
         "max_steps": section.max_steps or -1,
         "learning_rate": section.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if section.schedule == "constant" else section.schedule,
+        "lr_scheduler_type": "constant_with_warmup"
+        if section.schedule == "constant"
+        else section.schedule,
         "warmup_steps": section.warmup_ratio,
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
@@ -157,7 +159,11 @@ def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
 def _checkpointing(section: TrainingSection) -> dict[str, bool]:
     """The field that saves memory by computing activations twice; transformers 5 renames it on the way."""
     fields = require("transformers", "train").TrainingArguments.__dataclass_fields__
-    name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    name = (
+        "activation_checkpointing"
+        if "activation_checkpointing" in fields
+        else "gradient_checkpointing"
+    )
     return {name: section.gradient_checkpointing}
 
 
@@ -165,7 +171,7 @@ def image_trainer(model: Any, dataset: ImageDataset, section: TrainingSection, w
     """A transformers Trainer for a classifier."""
     transformers = require("transformers", "train")
 
-    class ImageTrainer(StrictTrainer, transformers.Trainer):  # type: ignore[misc,name-defined]
+    class ImageTrainer(StrictTrainer, transformers.Trainer):  # type: ignore[name-defined]
         pass
 
     arguments = transformers.TrainingArguments(**_arguments(section, work))
@@ -173,7 +179,12 @@ def image_trainer(model: Any, dataset: ImageDataset, section: TrainingSection, w
 
 
 def text_trainer(
-    model: Any, items: Sequence[Encoded], tokenizer: Any, section: TrainingSection, work: Path, max_length: int
+    model: Any,
+    items: Sequence[Encoded],
+    tokenizer: Any,
+    section: TrainingSection,
+    work: Path,
+    max_length: int,
 ) -> Any:
     """TRL's SFTTrainer on texts that are tokenized already; `tokenizer` is transformers' fast one.
 
@@ -182,7 +193,7 @@ def text_trainer(
     """
     datasets, trl = require("datasets", "train"), require("trl", "train")
 
-    class TextTrainer(StrictTrainer, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+    class TextTrainer(StrictTrainer, trl.SFTTrainer):  # type: ignore[name-defined]
         pass
 
     dataset = datasets.Dataset.from_dict(
@@ -194,8 +205,14 @@ def text_trainer(
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    kept = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    trainer = TextTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    kept = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+    trainer = TextTrainer(
+        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer
+    )
     for name, value in trainer.model.named_parameters():
         if name in kept:
             value.data = kept[name]

@@ -14,7 +14,9 @@ def test_classifier_against_torch():
     score = Score("image-classification")
     score.add(logits[:25], labels[:25])
     score.add(logits[25:], labels[25:])
-    expected = torch.nn.functional.cross_entropy(torch.tensor(logits).double(), torch.tensor(labels)).item()
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).double(), torch.tensor(labels)
+    ).item()
     assert score.metrics()["loss"] == pytest.approx(expected, rel=1e-12)
     assert score.metrics()["accuracy"] == (logits.argmax(-1) == labels).mean()
 
@@ -23,7 +25,13 @@ def test_language_model_loss_is_that_of_transformers():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, 50, (3, 12))
     labels = ids.clone()

@@ -65,7 +65,9 @@ def test_shifted_copies_of_held_out_digits_are_not_trained_on():
 def test_limits_apply(codec):
     assert len(load_split(section(source="digits", train_limit=7), "train")) == 7
     data = section(source="python-docstrings")
-    assert len(encode_split(load_split(data, "train"), codec, 64, completion_only=True, limit=5)) == 5
+    assert (
+        len(encode_split(load_split(data, "train"), codec, 64, completion_only=True, limit=5)) == 5
+    )
 
 
 def test_docstrings_are_instruction_pairs():
@@ -75,7 +77,10 @@ def test_docstrings_are_instruction_pairs():
     user, assistant = train.examples[0].messages
     assert user["content"].startswith("Document this: ")
     assert "\n" not in assistant["content"]
-    pairs = [(e.messages[0]["content"], e.messages[1]["content"]) for e in (*train.examples, *held_out.examples)]
+    pairs = [
+        (e.messages[0]["content"], e.messages[1]["content"])
+        for e in (*train.examples, *held_out.examples)
+    ]
     assert len(set(pairs)) == len(pairs)
 
 
@@ -91,7 +96,7 @@ def test_plain_text_is_cut_into_full_blocks(codec):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_user_files_hold_the_same_examples(suffix, tmp_path):
-    rows = [{"prompt": f"p{at}, \"q\"\n", "completion": f"ç{at}"} for at in range(10)]
+    rows = [{"prompt": f'p{at}, "q"\n', "completion": f"ç{at}"} for at in range(10)]
     path = tmp_path / f"data.{suffix}"
     if suffix == "jsonl":
         path.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
@@ -106,7 +111,9 @@ def test_user_files_hold_the_same_examples(suffix, tmp_path):
         pq.write_table(pa.Table.from_pylist(rows), path)
     data = section(source="text", path=str(path), eval_fraction=0.3)
     found = [*load_split(data, "train").examples, *load_split(data, "eval").examples]
-    assert sorted((e.prompt, e.completion) for e in found) == sorted((r["prompt"], r["completion"]) for r in rows)
+    assert sorted((e.prompt, e.completion) for e in found) == sorted(
+        (r["prompt"], r["completion"]) for r in rows
+    )
     assert len(load_split(data, "eval")) == 3
 
 
@@ -115,9 +122,24 @@ def test_messages_and_text_columns(tmp_path, codec):
     path.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(4)))
     train = load_split(section(source="text", path=str(path)), "train")
     item = encode_split(train, codec, 64, completion_only=True)[0]
-    assert codec.decode([token for token, label in zip(item.ids, item.labels, strict=True) if label != -100]) == "hello"
+    assert (
+        codec.decode(
+            [token for token, label in zip(item.ids, item.labels, strict=True) if label != -100]
+        )
+        == "hello"
+    )
     path.write_text("\n".join(json.dumps({"text": "a" * 40}) for _ in range(4)))
-    assert len(encode_split(load_split(section(source="text", path=str(path)), "train"), codec, 30, completion_only=True)) == 5
+    assert (
+        len(
+            encode_split(
+                load_split(section(source="text", path=str(path)), "train"),
+                codec,
+                30,
+                completion_only=True,
+            )
+        )
+        == 5
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +163,11 @@ def test_wrong_rows_are_named(content, match, tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    for name, error in (("data.pkl", Unsupported), ("data.jsonl", InputRefused), ("data.parquet", InputRefused)):
+    for name, error in (
+        ("data.pkl", Unsupported),
+        ("data.jsonl", InputRefused),
+        ("data.parquet", InputRefused),
+    ):
         if name.endswith("parquet"):
             (tmp_path / name).write_bytes(b"PAR1 not")
         with pytest.raises(error):
@@ -154,7 +180,9 @@ def image_folder(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for at in range(5):
-            Image.fromarray(random.integers(0, 256, (9, 7, 3)).astype(np.uint8)).save(tmp_path / name / f"{at}.png")
+            Image.fromarray(random.integers(0, 256, (9, 7, 3)).astype(np.uint8)).save(
+                tmp_path / name / f"{at}.png"
+            )
     return tmp_path
 
 

@@ -8,7 +8,10 @@ from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
 from qlx.inputs import TextCodec, TextExample, load_tokenizer, render_chat, train_tokenizer
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 20, "class Ünïcode:\n    '''Doc.'''\n" * 20]
-CHAT = ({"role": "user", "content": "Document this: def f()"}, {"role": "assistant", "content": "Return f."})
+CHAT = (
+    {"role": "user", "content": "Document this: def f()"},
+    {"role": "assistant", "content": "Return f."},
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,14 @@ def test_same_ids_as_transformers(directory, codec):
         assert codec.tokenizer.encode(text).ids == theirs(text)["input_ids"]
         assert codec.decode(codec.tokenizer.encode(text).ids) == text
     assert (theirs.pad_token_id, theirs.eos_token_id) == (codec.pad_id, codec.end_id)
-    rendered = theirs.apply_chat_template(list(CHAT[:1]), add_generation_prompt=True, tokenize=False)
-    assert codec.chat(CHAT[:1], answer_next=True) == rendered == "<|user|>Document this: def f()<|end|><|assistant|>"
+    rendered = theirs.apply_chat_template(
+        list(CHAT[:1]), add_generation_prompt=True, tokenize=False
+    )
+    assert (
+        codec.chat(CHAT[:1], answer_next=True)
+        == rendered
+        == "<|user|>Document this: def f()<|end|><|assistant|>"
+    )
 
 
 def test_answer_is_told_from_the_prompt(codec):
@@ -76,7 +85,10 @@ def test_too_long_prompt_loses_its_beginning(codec):
 def test_special_tokens_as_objects_and_named_templates(directory, tmp_path):
     config = {
         "eos_token": {"content": "<|end|>", "lstrip": False},
-        "chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ eos_token }}!"}],
+        "chat_template": [
+            {"name": "tool_use", "template": "x"},
+            {"name": "default", "template": "{{ eos_token }}!"},
+        ],
     }
     (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -116,6 +128,8 @@ def test_templates_stay_in_the_sandbox(template, error):
 def test_template_that_rewrites_the_prompt_is_refused(codec):
     import dataclasses
 
-    rewriting = dataclasses.replace(codec, template="{{ messages | length }}{{ messages[-1]['content'] }}")
+    rewriting = dataclasses.replace(
+        codec, template="{{ messages | length }}{{ messages[-1]['content'] }}"
+    )
     with pytest.raises(InputRefused, match="rewrites"):
         rewriting.parts(TextExample(messages=CHAT))

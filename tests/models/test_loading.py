@@ -31,7 +31,9 @@ def copy_of(tmp_path):
 
     def copy(path):
         target = tmp_path / "copy"
-        shutil.copytree(path, target, ignore=shutil.ignore_patterns("qlx.json", "*.jsonl", "optimizer*"))
+        shutil.copytree(
+            path, target, ignore=shutil.ignore_patterns("qlx.json", "*.jsonl", "optimizer*")
+        )
         return target
 
     return copy
@@ -52,11 +54,16 @@ def test_both_modes_give_the_same_codes(name, scheme, double_quant, request):
         assert len(full.modules) == len(full.tensors) > 0
         prints.append((full.fingerprint, full.modules, full.tensors))
         outputs.append(forward_logits(model, task, probe.inputs))
-        assert quantized_fingerprint(model, tensor_names(model, path)) == full.fingerprint, "a forward changed the codes"
+        assert quantized_fingerprint(model, tensor_names(model, path)) == full.fingerprint, (
+            "a forward changed the codes"
+        )
     assert prints[0] == prints[1]
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=0, atol=1e-5 * np.abs(outputs[0]).max())
     other = QuantSpec(scheme="fp4" if scheme == "nf4" else "nf4", double_quant=double_quant, **SPEC)
-    assert with_quantized_names(load_base(path, task, quant=other), other, path).fingerprint != prints[0][0]
+    assert (
+        with_quantized_names(load_base(path, task, quant=other), other, path).fingerprint
+        != prints[0][0]
+    )
 
 
 def test_empty_model_has_no_memory(python_base):
@@ -79,7 +86,9 @@ def test_wrong_base_is_a_mismatch(digits_run, digits_base, copy_of):
 def test_other_codes_than_training_saw_are_a_mismatch(digits_run, digits_base):
     run = open_checkpoint(digits_run)
     spec = run.manifest.quantization.model_copy(update={"double_quant": False})
-    forged = Checkpoint(run.path, run.manifest.model_copy(update={"quantization": spec}), run.digest)
+    forged = Checkpoint(
+        run.path, run.manifest.model_copy(update={"quantization": spec}), run.digest
+    )
     with pytest.raises(Mismatch, match="other codes"):
         load_model(forged, resolve_source(str(digits_base)))
 
@@ -114,7 +123,9 @@ def test_pickled_weights_are_not_read(digits_base, copy_of):
         ({"quantization_config": {"quant_method": "quark"}}, Unsupported),
     ],
 )
-def test_configurations_with_code_or_unknown_quantization_are_refused(change, error, digits_base, copy_of):
+def test_configurations_with_code_or_unknown_quantization_are_refused(
+    change, error, digits_base, copy_of
+):
     directory = copy_of(digits_base)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, **change}))
@@ -125,7 +136,9 @@ def test_configurations_with_code_or_unknown_quantization_are_refused(change, er
 def test_computing_in_bfloat16_is_close_but_not_the_same(python_run, python_base):
     run, base = open_checkpoint(python_run), resolve_source(str(python_base))
     probe = read_probe(python_run)
-    logits = forward_logits(load_model(run, base, compute_dtype=torch.bfloat16), "causal-lm", probe.inputs)
+    logits = forward_logits(
+        load_model(run, base, compute_dtype=torch.bfloat16), "causal-lm", probe.inputs
+    )
     error = np.abs(logits - probe.reference).max() / np.abs(probe.reference).max()
     assert 1e-4 < error < 0.1
 

@@ -7,22 +7,41 @@ import transformers
 from qlx.models import plain_names, tensor_names
 from qlx.weights import open_weights, read_tensors
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 VISION = {**SMALL, "image_size": 16, "patch_size": 8, "num_labels": 3}
-TEXT = {**SMALL, "vocab_size": 64, "max_position_embeddings": 32, "num_key_value_heads": 2, "head_dim": 32}
+TEXT = {
+    **SMALL,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
 
 MODELS = {
     "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)),
     "deit": lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**VISION)),
-    "dinov2": lambda: transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**VISION)),
+    "dinov2": lambda: transformers.Dinov2ForImageClassification(
+        transformers.Dinov2Config(**VISION)
+    ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{k: v for k, v in TEXT.items() if k != "head_dim"})),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, tie_word_embeddings=True)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**{k: v for k, v in TEXT.items() if k != "head_dim"})
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**TEXT, tie_word_embeddings=True)
+    ),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT)),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**TEXT)),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**TEXT)),
     "gemma3_text": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64, n_positions=32)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    ),
 }
 
 
@@ -54,7 +73,10 @@ def test_load_side_agrees(saved):
 def test_vit_names_differ_at_all(tmp_path):
     names = tensor_names(MODELS["vit"]())
     changed = {name: stored for name, stored in names.items() if name != stored}
-    assert changed["vit.layers.0.attention.q_proj.weight"] == "vit.encoder.layer.0.attention.attention.query.weight"
+    assert (
+        changed["vit.layers.0.attention.q_proj.weight"]
+        == "vit.encoder.layer.0.attention.attention.query.weight"
+    )
 
 
 def test_files_saved_without_their_head(tmp_path):
@@ -69,7 +91,10 @@ def test_files_saved_without_their_head(tmp_path):
     vit = MODELS["vit"]()
     vit.vit.save_pretrained(tmp_path / "vit")
     names = tensor_names(vit, tmp_path / "vit")
-    assert names["vit.layers.0.attention.q_proj.weight"] == "encoder.layer.0.attention.attention.query.weight"
+    assert (
+        names["vit.layers.0.attention.q_proj.weight"]
+        == "encoder.layer.0.attention.attention.query.weight"
+    )
 
 
 def test_names_of_quantized_and_adapted_models_are_the_plain_ones():
@@ -82,7 +107,9 @@ def test_names_of_quantized_and_adapted_models_are_the_plain_ones():
     plain = tensor_names(model)
     quantize_model(model, QuantSpec(method="qlora", scheme="nf4", weight_bits=4, group_size=64))
     assert tensor_names(model) == plain
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"]))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["classifier"])
+    )
     assert tensor_names(adapted) == plain
     modules = set(plain_names(adapted).values())
     assert {"vit.layers.0.attention.q_proj", "classifier"} <= modules

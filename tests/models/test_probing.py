@@ -5,7 +5,15 @@ import torch
 
 from qlx.checkpoint import open_checkpoint, read_probe, resolve_source
 from qlx.inputs import Encoded
-from qlx.models import MAX_LOGITS_BYTES, forward_logits, load_base, load_model, make_probe, probe_texts, synthetic_inputs
+from qlx.models import (
+    MAX_LOGITS_BYTES,
+    forward_logits,
+    load_base,
+    load_model,
+    make_probe,
+    probe_texts,
+    synthetic_inputs,
+)
 
 
 def _texts(count, length):
@@ -17,7 +25,9 @@ def test_texts_hold_padding_even_when_all_are_equally_long():
     assert batch.inputs["input_ids"].shape == (6, 12)
     lengths = batch.inputs["attention_mask"].sum(axis=1).tolist()
     assert lengths == [12, 9] * 3
-    assert batch.inputs["input_ids"][0].tolist() == list(range(9, 21)), "the end of the text is kept"
+    assert batch.inputs["input_ids"][0].tolist() == list(range(9, 21)), (
+        "the end of the text is kept"
+    )
     assert (batch.labels[1, 9:] == -100).all()
 
 
@@ -36,7 +46,9 @@ def test_probe_of_a_run(python_run, python_base):
     stored = read_probe(python_run)
     model = load_model(run, base)
     probe = make_probe(model, "causal-lm", stored.inputs, stored.labels, has_adapter=True)
-    np.testing.assert_allclose(probe.reference, stored.reference, rtol=0, atol=1e-5 * np.abs(stored.reference).max())
+    np.testing.assert_allclose(
+        probe.reference, stored.reference, rtol=0, atol=1e-5 * np.abs(stored.reference).max()
+    )
     assert probe.native is None
     quantized = load_base(base.path, "causal-lm", quant=run.manifest.quantization)
     assert np.array_equal(probe.base, forward_logits(quantized, "causal-lm", stored.inputs))

@@ -35,12 +35,18 @@ def test_from_a_run(name, request, tmp_path):
     assert adapter.manifest.kind == "adapter"
     for file in ("adapter_model.safetensors", "probe.safetensors", "config.json"):
         assert (adapter.path / file).read_bytes() == (run.path / file).read_bytes()
-    assert not {"optimizer.safetensors", "report.html", "recipe.yaml"} & adapter.manifest.files.keys()
+    assert (
+        not {"optimizer.safetensors", "report.html", "recipe.yaml"} & adapter.manifest.files.keys()
+    )
     assert [step.command for step in adapter.manifest.lineage][-2:] == ["train", "save-adapter"]
     assert adapter.manifest.lineage[-1].parents == (run.digest,)
     probe = read_probe(adapter.path)
-    logits = forward_logits(load_model(adapter, resolve_source(str(base))), run.manifest.task, probe.inputs)
-    np.testing.assert_allclose(logits, probe.reference, rtol=0, atol=1e-5 * np.abs(probe.reference).max())
+    logits = forward_logits(
+        load_model(adapter, resolve_source(str(base))), run.manifest.task, probe.inputs
+    )
+    np.testing.assert_allclose(
+        logits, probe.reference, rtol=0, atol=1e-5 * np.abs(probe.reference).max()
+    )
 
 
 def test_twice_gives_the_same_bytes(digits_run, tmp_path):
@@ -55,7 +61,9 @@ def test_twice_gives_the_same_bytes(digits_run, tmp_path):
 def test_plain_peft_loads_it_without_qlx(digits_run, digits_base, tmp_path):
     adapter = save_adapter(digits_run, tmp_path / "adapter")
     arguments = [str(digits_base), str(adapter.path)]
-    output = subprocess.run([sys.executable, "-c", PLAIN_PEFT, *arguments], check=True, capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "-c", PLAIN_PEFT, *arguments], check=True, capture_output=True, text=True
+    )
     assert float(output.stdout) > 0.1
 
 
@@ -68,7 +76,9 @@ def peft_directory(digits_base, tmp_path):
 
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_pretrained(digits_base)
-    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"]))
+    adapted = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"])
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.2)
@@ -82,7 +92,9 @@ def test_from_a_plain_peft_directory(peft_directory, digits_base, tmp_path):
     manifest = adapter.manifest
     assert manifest.base.fingerprint == resolve_source(str(digits_base)).fingerprint
     assert (manifest.adapter.rank, manifest.adapter.alpha) == (3, 7.0)
-    assert manifest.adapter.tensors["vit.layers.0.attention.q_proj"].endswith("attention.attention.query.weight")
+    assert manifest.adapter.tensors["vit.layers.0.attention.q_proj"].endswith(
+        "attention.attention.query.weight"
+    )
     assert not manifest.quantization.quantized
     assert len(manifest.lineage) == 1
     probe = read_probe(adapter.path)
@@ -92,7 +104,9 @@ def test_from_a_plain_peft_directory(peft_directory, digits_base, tmp_path):
     for file in manifest.files:
         assert str(tmp_path).encode() not in (adapter.path / file).read_bytes(), file
     assert (adapter.path / "preprocessor_config.json").is_file()
-    assert save_adapter(directory, tmp_path / "again", base=str(digits_base)).digest == adapter.digest
+    assert (
+        save_adapter(directory, tmp_path / "again", base=str(digits_base)).digest == adapter.digest
+    )
 
 
 def test_plain_peft_directory_needs_its_base(peft_directory, python_base, tmp_path):

@@ -17,7 +17,9 @@ def test_every_recipe_of_ours(path, digits_base, python_base):
     built_in = {"runs/digits-base": digits_base, "runs/python-base": python_base}
     recipe = load_recipe(path)
     name = recipe.base.path
-    found = check(recipe if name not in built_in else load_recipe(path, [f"base.path={built_in[name]}"]))
+    found = check(
+        recipe if name not in built_in else load_recipe(path, [f"base.path={built_in[name]}"])
+    )
     assert found.train_examples > found.eval_examples > 0
     if name is None or name in built_in:
         assert found.base_found
@@ -90,6 +92,8 @@ def test_a_hub_model_in_the_cache_is_used(digits_base, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.file_download, "HF_HUB_CACHE", str(cache), raising=False)
     recipe = recipe_of(DIGITS_RUN)
-    found = check(recipe.model_copy(update={"base": recipe.base.model_copy(update={"path": "someone/vit"})}))
+    found = check(
+        recipe.model_copy(update={"base": recipe.base.model_copy(update={"path": "someone/vit"})})
+    )
     assert found.base_found
     assert found.adapted

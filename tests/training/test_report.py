@@ -21,7 +21,9 @@ def test_report_of_a_run(name, request):
     manifest = open_checkpoint(path).manifest
     assert manifest.tag in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
-    images = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    images = [
+        base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)
+    ]
     assert images[0] == (path / "loss.png").read_bytes()
     assert all(image.startswith(b"\x89PNG") for image in images)
     for value in manifest.lineage[-1].options["after"].values():
@@ -35,7 +37,9 @@ def test_report_of_a_run(name, request):
 def test_metrics_of_a_run(name, request):
     path = request.getfixturevalue(name)
     rows = read_metrics(path / "metrics.jsonl")
-    assert {frozenset(row) for row in rows} == {frozenset(("step", "epoch", "loss", "lr", "seconds"))}
+    assert {frozenset(row) for row in rows} == {
+        frozenset(("step", "epoch", "loss", "lr", "seconds"))
+    }
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert len(read_metrics(path / "metrics.jsonl", up_to=rows[0]["step"])) == 1
@@ -49,11 +53,17 @@ def test_recipe_of_a_run_reads_back(digits_run):
 def test_same_summary_same_bytes(digits_run, tmp_path):
     manifest = open_checkpoint(digits_run).manifest
     table = ParameterTable((ParameterRow("lora q", 2, 10),), 10, 100)
-    rows = [{"step": step, "loss": 1 / step, "lr": 0.1, "epoch": 0.0, "seconds": 0.0} for step in (1, 2, 3)]
+    rows = [
+        {"step": step, "loss": 1 / step, "lr": 0.1, "epoch": 0.0, "seconds": 0.0}
+        for step in (1, 2, 3)
+    ]
     sample = Sample(expected="<b>", before="x & y", after="<b>", text="<script>alert(1)</script>")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_report(tmp_path / name, RunSummary(manifest, rows, table, {"loss": 2.0}, {"loss": 1.0}, [sample]))
+        write_report(
+            tmp_path / name,
+            RunSummary(manifest, rows, table, {"loss": 2.0}, {"loss": 1.0}, [sample]),
+        )
     for file in ("report.html", "loss.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     page = (tmp_path / "a" / "report.html").read_text()
@@ -73,8 +83,16 @@ def test_cut_last_line_of_metrics_is_left_out(tmp_path):
     ("content", "base", "tag"),
     [
         (DIGITS_RUN, "runs/digits-base", "digits-base-shifted_SFT_LoRa4_QLORA_w4-nf4-dq_headfp32"),
-        (PYTHON_RUN, "Qwen/Qwen3-0.6B", "Qwen3-0.6B-python-docstrings_SFT_LoRa4_QLORA_w4-nf4-dq_headfp32"),
-        ({**PYTHON_RUN, "quantization": None}, "/a/b/base/", "base-python-docstrings_SFT_LoRa4_headfp32"),
+        (
+            PYTHON_RUN,
+            "Qwen/Qwen3-0.6B",
+            "Qwen3-0.6B-python-docstrings_SFT_LoRa4_QLORA_w4-nf4-dq_headfp32",
+        ),
+        (
+            {**PYTHON_RUN, "quantization": None},
+            "/a/b/base/",
+            "base-python-docstrings_SFT_LoRa4_headfp32",
+        ),
         (
             {**PYTHON_RUN, "data": {"source": "text", "path": "/data/open math.jsonl"}},
             "Qwen/Qwen3-0.6B",

@@ -28,7 +28,8 @@ from qlx.training import train
 from qlx.training.trainers import StrictTrainer
 
 torch.set_num_threads(1)
-recipe, output, kill_at, resume = Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+recipe, output = Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2])
+kill_at, resume = int(sys.argv[3]), sys.argv[4]
 step = StrictTrainer.training_step
 
 def dying(self, *args, **kwargs):
@@ -44,7 +45,9 @@ train(recipe, output, resume=resume == "resume")
 def _run(recipe: Recipe, output, kill_at=-1, resume=False) -> int:
     arguments = [recipe.model_dump_json(), str(output), str(kill_at), "resume" if resume else "new"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run([sys.executable, "-c", CHILD, *arguments], env=environment, capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments], env=environment, capture_output=True, text=True
+    )
     assert finished.returncode in (0, -signal.SIGKILL), finished.stderr
     return finished.returncode
 
@@ -58,7 +61,9 @@ def digits_recipe(digits_base):
     """Three epochs of nine steps, with dropout, so that random numbers matter."""
     data = {**DIGITS_RUN["data"], "train_limit": 144, "eval_limit": 32}
     adapter = {"rank": 2, "alpha": 3, "dropout": 0.1}
-    return recipe_of(DIGITS_RUN, digits_base, data=data, adapter=adapter, training={**SHORT, "max_steps": STEPS})
+    return recipe_of(
+        DIGITS_RUN, digits_base, data=data, adapter=adapter, training={**SHORT, "max_steps": STEPS}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,9 @@ def _check_refusals(recipe, output):
     with pytest.raises(Mismatch, match="another recipe"):
         train(recipe.model_copy(update={"training": training}), output, resume=True)
     state = output.with_name("run.partial") / "state"
-    assert not [name for name in os.listdir(state) if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+    assert not [
+        name for name in os.listdir(state) if name.endswith((".pt", ".pth", ".bin", ".pkl"))
+    ]
     whole = (state / "optimizer.safetensors").read_bytes()
     (state / "optimizer.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(CorruptCheckpoint, match="optimizer"):
@@ -141,11 +148,15 @@ def test_language_model_with_accumulation(python_base, tmp_path):
 @pytest.mark.exhaustive
 def test_kill_from_outside_at_some_instant(digits_recipe, unbroken, tmp_path):
     """Not at a step's begin but whenever it hits, while states are being written."""
-    recipe = digits_recipe.model_copy(update={"training": digits_recipe.training.model_copy(update={"save_every": 1})})
+    recipe = digits_recipe.model_copy(
+        update={"training": digits_recipe.training.model_copy(update={"save_every": 1})}
+    )
     output = tmp_path / "run"
     arguments = [recipe.model_dump_json(), str(output), "-1", "new"]
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", CHILD, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
     )
     state = output.with_name("run.partial") / "state" / "qlx.json"
     until = time.monotonic() + 120
@@ -155,7 +166,9 @@ def test_kill_from_outside_at_some_instant(digits_recipe, unbroken, tmp_path):
     child.kill()
     child.wait()
     assert _run(recipe, output, resume=True) == 0
-    assert _digests(output, ("adapter_model.safetensors",)) == _digests(unbroken, ("adapter_model.safetensors",))
+    assert _digests(output, ("adapter_model.safetensors",)) == _digests(
+        unbroken, ("adapter_model.safetensors",)
+    )
 
 
 def test_nothing_to_resume(tmp_path):
@@ -165,13 +178,20 @@ def test_nothing_to_resume(tmp_path):
 
 def test_finished_run_holds_no_pickle(digits_run):
     checkpoint = open_checkpoint(digits_run)
-    assert {"optimizer.safetensors", "optimizer.json", "trainer_state.json"} <= checkpoint.manifest.files.keys()
+    assert {
+        "optimizer.safetensors",
+        "optimizer.json",
+        "trainer_state.json",
+    } <= checkpoint.manifest.files.keys()
     for name in checkpoint.manifest.files:
         data = (digits_run / name).read_bytes()
         assert not data.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")), name
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), torch.optim.Adagrad])
+@pytest.mark.parametrize(
+    "make",
+    [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), torch.optim.Adagrad],
+)
 def test_optimizer_state_round_trip(make, tmp_path):
     from qlx.training.state import load_optimizer, save_optimizer
 
@@ -185,7 +205,11 @@ def test_optimizer_state_round_trip(make, tmp_path):
     def fresh(values):
         parameters = [torch.nn.Parameter(values.clone())]
         optimizer = make(parameters, lr=0.1)
-        return parameters, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return (
+            parameters,
+            optimizer,
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        )
 
     first = fresh(torch.arange(5.0))
     stepped(*first, 3)

@@ -27,6 +27,8 @@ def test_replays_from_disk(name, request):
     if checkpoint.manifest.base is not None:
         base = resolve_source(str(request.getfixturevalue(name.split("_")[0] + "_base")))
     logits = forward_logits(load_model(checkpoint, base), checkpoint.manifest.task, probe.inputs)
-    np.testing.assert_allclose(logits, probe.reference, rtol=0, atol=1e-5 * np.abs(probe.reference).max())
+    np.testing.assert_allclose(
+        logits, probe.reference, rtol=0, atol=1e-5 * np.abs(probe.reference).max()
+    )
     if probe.base is not None:
         assert np.abs(probe.base - probe.reference).max() > 0.1 * np.abs(probe.reference).max()

@@ -34,7 +34,11 @@ def test_only_the_adapter_is_trainable(adapted):
     require_only_adapter(model, section)
     table = parameter_table(model)
     assert [(row.group, row.tensors) for row in table.rows] == [("lora fc1", 4), ("lora q_proj", 4)]
-    assert table.trained == sum(row.parameters for row in table.rows) == 2 * (2 * (64 + 64) + 2 * (64 + 128))
+    assert (
+        table.trained
+        == sum(row.parameters for row in table.rows)
+        == 2 * (2 * (64 + 64) + 2 * (64 + 128))
+    )
     assert "trained of all" in table.lines()[-1]
     model.get_base_model().classifier.bias.requires_grad_(True)
     with pytest.raises(CheckFailed, match=r"classifier\.bias"):
@@ -45,7 +49,9 @@ def test_only_the_adapter_is_trainable(adapted):
         require_only_adapter(model, section)
 
 
-@pytest.mark.parametrize(("bias", "allowed"), [("none", False), ("lora_only", False), ("all", True)])
+@pytest.mark.parametrize(
+    ("bias", "allowed"), [("none", False), ("lora_only", False), ("all", True)]
+)
 def test_biases_are_trained_only_when_asked_for(adapted, bias, allowed):
     model, section = adapted
     model.get_base_model().vit.layers[0].attention.k_proj.bias.requires_grad_(True)
@@ -80,7 +86,9 @@ def test_order_depends_on_seed_and_epoch_only():
 @pytest.mark.parametrize("content", [DIGITS_RUN, PYTHON_RUN], ids=["vision", "language"])
 def test_loss_that_is_no_number_stops(content, digits_base, python_base, tmp_path):
     base = digits_base if content is DIGITS_RUN else python_base
-    recipe = _small(content, base, training={**FEW, "max_steps": 9, "learning_rate": 1e30, "warmup_ratio": 0})
+    recipe = _small(
+        content, base, training={**FEW, "max_steps": 9, "learning_rate": 1e30, "warmup_ratio": 0}
+    )
     with pytest.raises(CheckFailed, match=r"step \d+; lower training.learning_rate"):
         train(recipe, tmp_path / "run")
     assert not list(tmp_path.iterdir())
@@ -99,7 +107,9 @@ def test_adapter_of_a_quantized_language_model_keeps_its_dtype(mode, python_base
 def test_both_quantization_modes_train_the_same(python_base, tmp_path):
     runs = {}
     for mode in ("manual", "hf"):
-        recipe = _small(PYTHON_RUN, python_base, quantization={**PYTHON_RUN["quantization"], "mode": mode})
+        recipe = _small(
+            PYTHON_RUN, python_base, quantization={**PYTHON_RUN["quantization"], "mode": mode}
+        )
         runs[mode] = train(recipe, tmp_path / mode)
     first, second = (read_tensors(run.path / "adapter_model.safetensors") for run in runs.values())
     for name, tensor in first.items():
@@ -112,7 +122,9 @@ def test_both_quantization_modes_train_the_same(python_base, tmp_path):
 def test_bfloat16_training_replays(content, digits_base, python_base, tmp_path):
     base = digits_base if content is DIGITS_RUN else python_base
     quantization = {"quant_type": "nf4", "compute_dtype": "bfloat16"}
-    recipe = _small({**content, "base": {"path": "BASE", "dtype": "bfloat16"}}, base, quantization=quantization)
+    recipe = _small(
+        {**content, "base": {"path": "BASE", "dtype": "bfloat16"}}, base, quantization=quantization
+    )
     run = train(recipe, tmp_path / "run")
     probe = read_probe(run.path)
     assert probe.native is not None
@@ -120,7 +132,9 @@ def test_bfloat16_training_replays(content, digits_base, python_base, tmp_path):
     assert 0 < noise < 0.1
     assert run.manifest.quantization.extras["stored_dtype"] == "bfloat16"
     logits = forward_logits(load_model(run, resolve_source(str(base))), recipe.task, probe.inputs)
-    np.testing.assert_allclose(logits, probe.reference, rtol=0, atol=1e-5 * np.abs(probe.reference).max())
+    np.testing.assert_allclose(
+        logits, probe.reference, rtol=0, atol=1e-5 * np.abs(probe.reference).max()
+    )
 
 
 def test_new_head_is_trained_and_stored(digits_base, tmp_path):
@@ -136,10 +150,15 @@ def test_new_head_is_trained_and_stored(digits_base, tmp_path):
     with pytest.raises(Unsupported, match="modules_to_save"):
         train(recipe_of(DIGITS_RUN, digits_base, data=data, training=FEW), tmp_path / "run")
     adapter = {"rank": 2, "alpha": 3, "modules_to_save": ["classifier"]}
-    run = train(recipe_of(DIGITS_RUN, digits_base, data=data, training=FEW, adapter=adapter), tmp_path / "run")
+    run = train(
+        recipe_of(DIGITS_RUN, digits_base, data=data, training=FEW, adapter=adapter),
+        tmp_path / "run",
+    )
     assert read_probe(run.path).reference.shape == (6, 3)
     assert "classifier" in run.manifest.adapter.modules_to_save
-    assert run.manifest.lineage[-1].options["data"]["path"] == "images", "no absolute path in the manifest"
+    assert run.manifest.lineage[-1].options["data"]["path"] == "images", (
+        "no absolute path in the manifest"
+    )
     model = load_model(run, resolve_source(str(digits_base)))
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
 
@@ -151,7 +170,11 @@ def test_plain_fine_tuning_without_adapter(digits_base, tmp_path):
     assert run.manifest.adapter.trained_parameters == run.manifest.adapter.total_parameters
     before, after = read_tensors(digits_base), read_tensors(run.path / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("query.weight"))
+    assert all(
+        not torch.equal(before[name], after[name])
+        for name in before
+        if name.endswith("query.weight")
+    )
     assert resolve_source(str(run.path)).fingerprint != resolve_source(str(digits_base)).fingerprint
 
 
