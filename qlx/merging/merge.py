@@ -20,6 +20,7 @@ from qlx.checkpoint import (
 )
 from qlx.errors import InputRefused, Unsupported, UsageError
 from qlx.merging.change import Change
+from qlx.merging.coded import open_base
 from qlx.merging.companions import (
     carry_probe,
     copy_companions,
@@ -32,7 +33,7 @@ from qlx.merging.stream import copy_file, load_tensor, overwrite, pieces, write_
 from qlx.merging.values import MAX_ERASED, Rounding, check_effect, merged_value, require_codes
 from qlx.models import STORED_DTYPE
 from qlx.verification import base_of, needs_base, prove, replay
-from qlx.weights import INDEX_FILE, open_weights, torch_dtype
+from qlx.weights import INDEX_FILE, torch_dtype
 
 __all__ = ["adapter_checkpoint", "merge", "plan_of", "write_merged"]
 
@@ -138,7 +139,7 @@ def plan_of(
     manifest = adapter.manifest
     chosen = choose_onto(manifest.quantization, onto, recorded)
     plan = plan_merge(
-        open_weights(source.path),
+        open_base(source.path),
         manifest,
         read_adapter(adapter.path),
         onto=chosen,

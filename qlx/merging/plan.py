@@ -22,6 +22,7 @@ from qlx.adapters import (
 from qlx.checkpoint import AdapterSpec, Manifest, QuantSpec
 from qlx.errors import Mismatch, Unsupported
 from qlx.merging.change import Change
+from qlx.merging.coded import CodedWeights
 from qlx.merging.tied import EMBEDDINGS, HEAD, Tied, check_vocabulary, settle, tied_embedding
 from qlx.models import STORED_DTYPE, stores_transposed
 from qlx.weights import WeightSet, torch_dtype_name
@@ -58,7 +59,7 @@ class MergePlan:
     @property
     def in_place(self) -> bool:
         """Whether every tensor keeps its dtype and shape, so that the files can be patched."""
-        return all(
+        return not isinstance(self.weights, CodedWeights) and all(
             name in self.weights and self.weights[name].shape == change.shape
             for name, change in self.changes.items()
         ) and all(self.dtype_of(name) == info.dtype for name, info in self.weights.items())
@@ -117,6 +118,11 @@ def plan_merge(
         raise Unsupported(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
     if manifest.adapter is None:
         raise Mismatch(f"checkpoint {manifest.tag!r} holds no adapter to merge")
+    if manifest.quantization.activation_bits is not None:
+        raise Unsupported(
+            "the adapter was trained on layers that round their inputs, which merged weights cannot "
+            "express; keep it separate, or train it without activation_bits"
+        )
     as_trained = onto == "as-trained"
     seen = _seen_otherwise(weights, manifest.quantization) if as_trained else frozenset()
     base = _Base(weights, manifest.adapter, str(config.get("model_type")), _tied(weights, config))

@@ -16,6 +16,7 @@ import torch
 
 from qlx.checkpoint import canonical_json
 from qlx.errors import CorruptCheckpoint
+from qlx.merging.coded import CodedWeights
 from qlx.weights import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -87,7 +88,12 @@ def _write_at(target: int, data: memoryview, offset: int) -> int:
 
 
 def load_tensor(weights: WeightSet, name: str) -> torch.Tensor:
-    """Tensor `name` in its own dtype and shape, read straight into its final memory."""
+    """Tensor `name` in its own dtype and shape, read straight into its final memory.
+
+    A weight that the files hold as codes comes in float32, whatever dtype it is to be stored in.
+    """
+    if isinstance(weights, CodedWeights) and name in weights.coded:
+        return weights.packed(name).values()
     info = weights[name]
     tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     view = bytes_of(tensor)

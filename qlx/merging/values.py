@@ -14,10 +14,11 @@ from qlx.adapters import merged_weight, with_rows
 from qlx.checkpoint import QuantSpec
 from qlx.errors import CheckFailed, Mismatch
 from qlx.merging.change import Change
+from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
 from qlx.merging.stream import load_tensor
 from qlx.models import STORED_DTYPE, torch_float
-from qlx.quant import dequantize_tensor, packed_fingerprint, quantize_tensor
+from qlx.quant import PackedTensor, dequantize_tensor, packed_fingerprint, quantize_tensor
 from qlx.weights import WeightSet, torch_dtype
 
 __all__ = [
@@ -74,10 +75,16 @@ def as_loaded(weights: WeightSet, spec: QuantSpec, name: str) -> Tensor:
 
 def as_trained(weights: WeightSet, spec: QuantSpec, name: str) -> Tensor:
     """The fp32 value that training saw of a tensor: loaded in its dtype, and through its codec."""
-    loaded = as_loaded(weights, spec, name)
     if name in spec.tensors:
-        return dequantize_tensor(quantize_tensor(loaded, spec), torch.float32)
-    return loaded.float()
+        return dequantize_tensor(codes_as_trained(weights, spec, name), torch.float32)
+    return as_loaded(weights, spec, name).float()
+
+
+def codes_as_trained(weights: WeightSet, spec: QuantSpec, name: str) -> PackedTensor:
+    """The codes that training saw of a quantized tensor: those of the files, or made as it made them."""
+    if isinstance(weights, CodedWeights) and name in weights.coded:
+        return weights.packed(name)
+    return quantize_tensor(as_loaded(weights, spec, name), spec)
 
 
 def base_value(plan: MergePlan, change: Change) -> Tensor:
@@ -181,7 +188,7 @@ def require_codes(plan: MergePlan) -> None:
     if plan.onto == "original" or spec.fingerprint is None:
         return
     found = packed_fingerprint(
-        (name, quantize_tensor(as_loaded(plan.weights, spec, name), spec)) for name in spec.tensors
+        (name, codes_as_trained(plan.weights, spec, name)) for name in spec.tensors
     )
     if found != spec.fingerprint:
         raise Mismatch(

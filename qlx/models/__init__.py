@@ -1,6 +1,7 @@
 """Torch models: known architectures, loading (plain, quantized, with adapter), tensor names, outputs, probes."""
 
 from qlx.models.architectures import CONFIG_FILE, KNOWN, Labels, auto_class, build_config, build_model, read_config, stores_transposed
+from qlx.models.coded import logical_names, stored_codes
 from qlx.models.loading import (
     STORED_DTYPE,
     computing_in,
@@ -30,11 +31,13 @@ __all__ = [
     "forward_logits",
     "load_base",
     "load_model",
+    "logical_names",
     "make_probe",
     "plain_names",
     "probe_texts",
     "quantized_fingerprint",
     "read_config",
+    "stored_codes",
     "stores_transposed",
     "synthetic_inputs",
     "tensor_names",

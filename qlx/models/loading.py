@@ -1,6 +1,6 @@
 """Loading models into torch: a base, plain or quantized and guarded; any checkpoint that torch can run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from torch import nn
 from qlx.checkpoint import Checkpoint, Manifest, QuantSpec, Source, Task, require_base, resolve_source
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, require
 from qlx.models.architectures import Labels, auto_class, read_config
+from qlx.models.coded import load_codes, stored_codes, without_report
 from qlx.models.names import tensor_names
+from qlx.quant import StoredQuantization
 from qlx.weights import open_weights
 
 __all__ = ["STORED_DTYPE", "computing_in", "empty_model", "load_base", "load_model", "quantized_fingerprint", "torch_float", "with_quantized_names"]
@@ -57,11 +59,15 @@ def load_base(
     """
     source_path = Path(source_path)
     config = _config(Path(config_from or source_path), task, new_head)
-    open_weights(source_path)
+    stored = _codes_to_load(source_path, quant)
     options = {"quantization_config": _hf_quantization(quant)} if _quantizes_on_load(quant) else {}
-    model, info = _from_pretrained(source_path, task, config, dtype, options)
-    _check_loaded(source_path, info, head_may_differ=new_head is not None or config_from is not None)
-    _quantize(model, quant)
+    with without_report(stored is not None):
+        model, info = _from_pretrained(source_path, task, config, dtype, options)
+    names = tensor_names(model, source_path) if stored is not None else {}
+    coded = load_codes(model, source_path, names, stored, quant) if stored is not None else []
+    _check_loaded(source_path, info, coded, head_may_differ=new_head is not None or config_from is not None)
+    if stored is None:
+        _quantize(model, quant)
     return model.eval()
 
 
@@ -77,9 +83,8 @@ def empty_model(directory: Path, task: Task) -> nn.Module:
 
 def _config(directory: Path, task: Task, new_head: Labels | None) -> Any:
     raw = read_config(directory, task)
-    method = (raw.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, "bitsandbytes"):
-        raise Unsupported(f"{directory}: weights quantized by {method!r} are not supported as input; start from the plain model")
+    if stored_codes(directory) is not None:
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     transformers = require("transformers", "train")
     try:
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
@@ -89,6 +94,18 @@ def _config(directory: Path, task: Task, new_head: Labels | None) -> Any:
         for name, value in new_head.as_config().items():
             setattr(config, name, value)
     return config
+
+
+def _codes_to_load(directory: Path, quant: QuantSpec | None) -> StoredQuantization | None:
+    """How `directory` stores its weights as codes, if it does and `quant` means the same."""
+    open_weights(directory)
+    stored = stored_codes(directory)
+    if stored is not None and quant is not None and quant.quantized and quant.backend != stored.method:
+        raise Unsupported(
+            f"{directory}: its weights are {stored.method} codes already and cannot be quantized to {quant.scheme}; "
+            "leave out the section quantization, or start from the plain model"
+        )
+    return stored
 
 
 def _quantizes_on_load(quant: QuantSpec | None) -> bool:
@@ -132,9 +149,10 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_loaded(path: Path, info: Any, *, head_may_differ: bool) -> None:
+def _check_loaded(path: Path, info: Any, coded: Iterable[str] = (), *, head_may_differ: bool) -> None:
     """transformers fills what the files lack with random numbers; only a new head may be that."""
     wrong = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
+    wrong -= {f"{module}.weight" for module in coded}
     if head_may_differ:
         wrong = {name for name in wrong if not name.startswith(("classifier.", "score."))}
     if wrong:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qlx.errors import Unsupported, require
+from qlx.models.coded import logical_names
 from qlx.weights import open_weights
 
 __all__ = ["plain_names", "tensor_names"]
@@ -35,7 +36,7 @@ def tensor_names(model: nn.Module, directory: Path | None = None) -> dict[str, s
     plain = _meta_copy(_unwrapped(model))
     if directory is None:
         return _save_side(plain)
-    return _load_side(plain, open_weights(directory))
+    return _load_side(plain, logical_names(open_weights(directory)))
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
@@ -50,7 +51,7 @@ def plain_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _unwrapped(model: nn.Module) -> Any:
+def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -90,7 +91,7 @@ def _load_side(plain: Any, files: Iterable[str]) -> dict[str, str]:
     renamings = [item for item in transforms if isinstance(item, loading.WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, loading.WeightConverter)]
     state = plain.state_dict()
-    result = {}
+    result: dict[str, str] = {}
     for stored in files:
         name, pattern = loading.rename_source_key(stored, renamings, converters, plain.base_model_prefix, state)
         if name in state and pattern is None:

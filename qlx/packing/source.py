@@ -11,6 +11,7 @@ from torch import Tensor
 from qlx.checkpoint import Checkpoint, Manifest, Source
 from qlx.errors import InputRefused, Mismatch
 from qlx.merging import MergePlan, adapter_checkpoint, as_trained, base_value, merged_value, plan_of
+from qlx.merging.coded import open_base
 from qlx.merging.stream import load_tensor
 from qlx.verification import base_of, later_steps, needs_base
 from qlx.weights import WeightSet, open_weights
@@ -139,4 +140,4 @@ def _base_weights(checkpoint: Checkpoint, base: str | Path | None) -> WeightSet 
     if checkpoint.manifest.base is None:
         raise Mismatch(f"{checkpoint.path}: records no base; leave --base out")
     source: Source | None = base_of(checkpoint, base)
-    return None if source is None else open_weights(source.path)
+    return None if source is None else open_base(source.path)

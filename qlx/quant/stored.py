@@ -11,10 +11,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from qlx.checkpoint import QuantSpec
-from qlx.errors import Unsupported
+from qlx.errors import CorruptCheckpoint, Unsupported
 from qlx.quant.bitnet import BitnetClass, packed_from_bitnet
 from qlx.quant.integers import IntegerScheme, PackedIntegers
 from qlx.quant.words import packed_from_awq, packed_from_gptq, scheme_of_bits
+from qlx.weights import TensorInfo
 
 __all__ = ["STORED_BACKENDS", "StoredQuantization", "stored_quantization"]
 
@@ -53,6 +54,28 @@ class StoredQuantization:
             return (name, f"{name}_scale")
         stem = name.removesuffix(".weight")
         return tuple(f"{stem}.{part}" for part in _WORD_PARTS)
+
+    def plain_info(self, infos: Mapping[str, TensorInfo], name: str) -> TensorInfo:
+        """What the weight `name` would be in a plain checkpoint; the offsets only count its bytes.
+
+        Its dtype is that of its scales. `infos` holds the parts as the files' headers have them.
+
+        Raises:
+            CorruptCheckpoint: a part is missing.
+        """
+        first, *rest = self.part_names(name)
+        scale = rest[0] if self.method == "bitnet" else rest[1]
+        if first not in infos or scale not in infos:
+            raise CorruptCheckpoint(f"tensor {name!r}: its codes or scales are missing")
+        rows, columns = (int(size) for size in infos[first].shape)
+        words = 32 // self.bits
+        shape = {
+            "gptq": (columns, rows * words),
+            "awq": (columns * words, rows),
+            "bitnet": (rows * (4 if infos[first].dtype == "U8" else 1), columns),
+        }[self.method]
+        dtype = infos[scale].dtype
+        return TensorInfo(name, dtype, shape, 0, shape[0] * shape[1] * (4 if dtype == "F32" else 2))
 
     def read(self, entries: Mapping[str, Tensor], name: str) -> PackedIntegers:
         """The packed weight `name` from the tensors it is made of.

@@ -7,6 +7,7 @@ import torch
 from qlx.errors import CorruptCheckpoint, Unsupported
 from qlx.quant import packed_from_awq, packed_from_gptq
 from qlx.quant.words import unpack_words
+from tests.coded_support import AWQ_PLACES, words
 
 OUT, IN, GROUP = 16, 64, 16
 
@@ -31,21 +32,6 @@ def parts(bits=4, seed=0, symmetric=False, order=None, top=None):
     return codes, zeros, scales, groups, values
 
 
-def words(table, bits, places=None):
-    """A table [rows, n] of codes in 32-bit words along its rows; code `places[i]` comes i-th."""
-    per = 32 // bits
-    places = list(range(per)) if places is None else places
-    rows, columns = table.shape
-    packed = np.zeros((rows, columns // per), dtype=np.uint64)
-    for row in range(rows):
-        for word in range(columns // per):
-            for i in range(per):
-                packed[row, word] |= np.uint64(
-                    int(table[row, word * per + places[i]]) << (bits * i)
-                )
-    return torch.from_numpy(packed.astype(np.uint32).view(np.int32).copy())
-
-
 def gptq(bits=4, less_one=1, **options):
     codes, zeros, scales, groups, values = parts(bits, **options)
     entries = {
@@ -59,10 +45,9 @@ def gptq(bits=4, less_one=1, **options):
 
 def awq(**options):
     codes, zeros, scales, _, values = parts(4, **options)
-    places = [0, 2, 4, 6, 1, 3, 5, 7]
     entries = {
-        "l.qweight": words(codes.T, 4, places),
-        "l.qzeros": words(zeros, 4, places),
+        "l.qweight": words(codes.T, 4, AWQ_PLACES),
+        "l.qzeros": words(zeros, 4, AWQ_PLACES),
         "l.scales": torch.from_numpy(scales),
     }
     return entries, torch.from_numpy(values)
