@@ -19,6 +19,7 @@ __all__ = [
     "TokenRows",
     "delta_bias",
     "delta_of_expert",
+    "delta_rows",
     "delta_shape",
     "delta_weight",
     "merged_weight",
@@ -94,7 +95,7 @@ def delta_weight(delta: LoraDelta) -> Tensor:
         return torch.stack([delta_weight(delta_of_expert(delta, e)) for e in range(delta.experts)])
     a = delta.a.float().flatten(1)
     b = delta.b.float().flatten(1)
-    product: Tensor = (b @ a) * delta.scaling
+    product: Tensor = (b @ a).mul_(delta.scaling)
     if delta._out_axis:
         product = product.T
     return product.reshape(delta_shape(delta))
@@ -110,6 +111,21 @@ def delta_of_expert(delta: LoraDelta, expert: int, rows: slice | None = None) ->
     b = delta.b.reshape(delta.b.shape[0], rank, count)[:, :, expert]
     b = b if rows is None else b[rows]
     return replace(delta, a=a, b=b.contiguous(), kind="linear", experts=1)
+
+
+def delta_rows(delta: LoraDelta, rows: slice) -> LoraDelta | None:
+    """The update of some rows of the stored weight alone; None where rows depend on each other.
+
+    They do where DoRA takes a norm across them (embeddings, transposed weights), and in the fused
+    parameter of several experts.
+    """
+    across = delta._out_axis == 1
+    if delta.kind == "experts" or (across and delta.magnitude is not None):
+        return None
+    if across:
+        return replace(delta, a=delta.a[:, rows], bias=None)
+    magnitude = None if delta.magnitude is None else delta.magnitude[rows]
+    return replace(delta, b=delta.b[rows], magnitude=magnitude, bias=None)
 
 
 def with_rows(base: Tensor, rows: TokenRows) -> Tensor:
@@ -143,7 +159,7 @@ def merged_weight(base: Tensor, delta: LoraDelta) -> Tensor:
             f"module {delta.module!r}: the base weight is {list(base.shape)}, "
             f"the adapter is for {list(delta_shape(delta))}"
         )
-    updated = base.float() + delta_weight(delta)
+    updated = delta_weight(delta).add_(base.float())
     if delta.magnitude is None:
         return updated
     axis = delta._out_axis

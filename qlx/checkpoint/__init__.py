@@ -8,6 +8,8 @@ from qlx.checkpoint.digest import (
     file_sha256,
     fingerprint,
     fingerprint_directory,
+    fingerprint_line,
+    fingerprint_of_lines,
     fingerprint_weights,
 )
 from qlx.checkpoint.durable import new_checkpoint, replace_file
@@ -53,6 +55,8 @@ __all__ = [
     "file_sha256",
     "fingerprint",
     "fingerprint_directory",
+    "fingerprint_line",
+    "fingerprint_of_lines",
     "fingerprint_weights",
     "is_checkpoint",
     "load_json",

@@ -15,6 +15,8 @@ __all__ = [
     "file_sha256",
     "fingerprint",
     "fingerprint_directory",
+    "fingerprint_line",
+    "fingerprint_of_lines",
     "fingerprint_weights",
 ]
 
@@ -42,7 +44,17 @@ def fingerprint(entries: Iterable[tuple[str, str, tuple[int, ...], Iterable[byte
         data = hashlib.sha256()
         for piece in pieces:
             data.update(piece)
-        lines.append(f"{name!r} {dtype} {list(shape)} {data.hexdigest()}\n")
+        lines.append(fingerprint_line(name, dtype, shape, data.hexdigest()))
+    return fingerprint_of_lines(lines)
+
+
+def fingerprint_line(name: str, dtype: str, shape: tuple[int, ...], sha256: str) -> str:
+    """What one tensor adds to a fingerprint; `sha256` is the hex digest of its data."""
+    return f"{name!r} {dtype} {list(shape)} {sha256}\n"
+
+
+def fingerprint_of_lines(lines: Iterable[str]) -> str:
+    """The fingerprint of tensors of which `fingerprint_line` gave these lines, in any order."""
     return bytes_digest("".join(sorted(lines)).encode("utf-8"))
 
 

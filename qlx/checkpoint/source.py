@@ -16,17 +16,21 @@ _USABLE_KINDS = ("run", "merged", "packed")
 
 @dataclass(frozen=True)
 class Source:
-    """A resolved base: its local directory, the name and revision it was asked for by."""
+    """A resolved base: its local directory, the name and revision it was asked for by.
+
+    `known` is its fingerprint, where a step that reads all weights anyway has found it out.
+    """
 
     path: Path
     name: str
     revision: str | None = None
     manifest: Manifest | None = None
+    known: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the weights; reads every byte once."""
-        return fingerprint_directory(self.path)
+        return self.known or fingerprint_directory(self.path)
 
     def reference(self) -> BaseRef:
         """How a manifest names this base: never by an absolute path."""

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,13 @@ def _check_file(path: Path, entry: FileEntry) -> None:
         )
 
 
-def seal(directory: Path, manifest: Manifest) -> Manifest:
+def seal(
+    directory: Path, manifest: Manifest, known: Mapping[str, FileEntry] | None = None
+) -> Manifest:
     """Record every file of `directory` in the manifest and write `qlx.json`, last.
+
+    `known` holds entries of files that were read back and hashed after they were written; a file
+    whose size is no longer the recorded one is hashed again.
 
     Returns:
         The manifest as written, with `files` filled in.
@@ -139,9 +145,7 @@ def seal(directory: Path, manifest: Manifest) -> Manifest:
     """
     directory = Path(directory)
     entries = {
-        name: FileEntry(
-            size=(directory / name).stat().st_size, sha256=file_sha256(directory / name)
-        )
+        name: _entry(directory / name, (known or {}).get(name))
         for name in sorted(_plain_files(directory))
     }
     dump = manifest.model_dump(mode="json") | {
@@ -150,3 +154,10 @@ def seal(directory: Path, manifest: Manifest) -> Manifest:
     sealed = parse_manifest(dump, str(directory / MANIFEST_FILE))
     (directory / MANIFEST_FILE).write_bytes(sealed.to_bytes())
     return sealed
+
+
+def _entry(path: Path, known: FileEntry | None) -> FileEntry:
+    size = path.stat().st_size
+    if known is not None and known.size == size:
+        return known
+    return FileEntry(size=size, sha256=file_sha256(path))

@@ -10,7 +10,7 @@ from qlx.quant.bitnet import bitnet_entries, packed_from_bitnet
 from qlx.quant.codec import SCHEMES, PackedTensor, dequantize_tensor, quantize_tensor
 from qlx.quant.codec4bit import FOUR_BIT, NestedScales, Packed4bit, levels, torch_dtype_of
 from qlx.quant.export_linear import PackedLinear, packed_linears
-from qlx.quant.fingerprint import packed_fingerprint
+from qlx.quant.fingerprint import fingerprint_of_lines, packed_fingerprint, packed_line
 from qlx.quant.hf import bnb_config
 from qlx.quant.integer_linear import IntegerLinear
 from qlx.quant.integers import (
@@ -37,6 +37,7 @@ from qlx.quant.layout import (
     packed_entries,
     packed_from_entries,
 )
+from qlx.quant.pieces import packed_rows, quantize_rows, row_unit, value_unit
 from qlx.quant.stored import STORED_BACKENDS, StoredQuantization, stored_quantization
 from qlx.quant.words import packed_from_awq, packed_from_gptq
 
@@ -58,6 +59,7 @@ __all__ = [
     "dequantize_tensor",
     "eligible_modules",
     "entry_names",
+    "fingerprint_of_lines",
     "guard_bitsandbytes",
     "head_modules",
     "is_packed_weight",
@@ -72,13 +74,18 @@ __all__ = [
     "packed_from_codes",
     "packed_from_entries",
     "packed_from_gptq",
+    "packed_line",
     "packed_linears",
     "packed_modules",
     "packed_of_module",
+    "packed_rows",
     "quantize_activations",
     "quantize_model",
+    "quantize_rows",
     "quantize_tensor",
+    "row_unit",
     "set_compute_dtype",
     "stored_quantization",
     "torch_dtype_of",
+    "value_unit",
 ]

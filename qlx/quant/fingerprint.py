@@ -9,7 +9,7 @@ from torch import Tensor
 from qlx.checkpoint import bytes_digest
 from qlx.quant.codec import PackedTensor
 
-__all__ = ["packed_fingerprint"]
+__all__ = ["fingerprint_of_lines", "packed_fingerprint", "packed_line"]
 
 
 def packed_fingerprint(tensors: Iterable[tuple[str, PackedTensor]]) -> str:
@@ -18,11 +18,16 @@ def packed_fingerprint(tensors: Iterable[tuple[str, PackedTensor]]) -> str:
     Independent of their order and of the dtype they had before quantization: a base kept in
     bfloat16 and the same base loaded in float32 have the same codes, scales and fingerprint.
     """
-    lines = [_line(name, packed) for name, packed in tensors]
+    return fingerprint_of_lines(packed_line(name, packed) for name, packed in tensors)
+
+
+def fingerprint_of_lines(lines: Iterable[str]) -> str:
+    """The fingerprint of packed weights of which `packed_line` gave these lines, in any order."""
     return bytes_digest("".join(sorted(lines)).encode("utf-8"))
 
 
-def _line(name: str, packed: PackedTensor) -> str:
+def packed_line(name: str, packed: PackedTensor) -> str:
+    """What one packed weight adds to a fingerprint; the weight is not needed afterwards."""
     form, parts = packed.identity()
     return f"{name!r} {form} {' '.join(_hash(part) for part in parts)}\n"
 
