@@ -45,7 +45,11 @@ def words(table, bits, places=None):
 
 def coded_base(directory: Path, kind: str, seed: int = 0) -> tuple[Path, dict[str, torch.Tensor]]:
     """A tiny Llama whose linear layers are codes of `kind`; also their values, in float64 at first."""
-    make_base(directory, "llama", seed=seed)
+    return directory, encode(make_base(directory, "llama", seed=seed), kind, seed)
+
+
+def encode(directory: Path, kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Turn the linear layers of a plain Llama directory into codes of `kind`; returns their values."""
     plain = read_tensors(directory)
     state, values = {}, {}
     random = np.random.default_rng(seed)
@@ -61,7 +65,7 @@ def coded_base(directory: Path, kind: str, seed: int = 0) -> tuple[Path, dict[st
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = SECTIONS[kind]
     (directory / "config.json").write_text(json.dumps(config))
-    return directory, values
+    return values
 
 
 def _grid(w, bits, groups, symmetric):
