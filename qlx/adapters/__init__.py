@@ -14,6 +14,7 @@ from qlx.adapters.attach import (
     parameter_counts,
     save_adapter,
 )
+from qlx.adapters.combination import METHODS, PRUNING, Method, combined_delta
 from qlx.adapters.config import AdapterConfig, read_config
 from qlx.adapters.experts import split_experts
 from qlx.adapters.formula import (
@@ -32,14 +33,18 @@ from qlx.adapters.names import disk_names
 from qlx.adapters.reader import AdapterWeights, read_adapter
 
 __all__ = [
+    "METHODS",
+    "PRUNING",
     "AdapterConfig",
     "AdapterWeights",
     "LoraDelta",
+    "Method",
     "TokenRows",
     "adapted_modules",
     "adapter_spec",
     "attach_adapter",
     "auto_targets",
+    "combined_delta",
     "delta_bias",
     "delta_of_expert",
     "delta_rows",

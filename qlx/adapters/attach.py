@@ -209,7 +209,9 @@ def _json_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters; a packed weight counts with the values it stands for."""
     trained = total = 0
-    packed = {id(module.weight): packed_of_module(module).count for _, module in packed_modules(model)}
+    packed = {
+        id(module.weight): packed_of_module(module).count for _, module in packed_modules(model)
+    }
     for parameter in model.parameters():
         count = packed.get(id(parameter), parameter.numel())
         total += count

@@ -24,6 +24,7 @@ __all__ = [
     "delta_weight",
     "merged_weight",
     "scaling_of",
+    "unoriented",
     "with_rows",
 ]
 
@@ -93,12 +94,16 @@ def delta_weight(delta: LoraDelta) -> Tensor:
     """The product scaling * B @ A in float32, in the shape and orientation of the stored weight."""
     if delta.kind == "experts":
         return torch.stack([delta_weight(delta_of_expert(delta, e)) for e in range(delta.experts)])
-    a = delta.a.float().flatten(1)
-    b = delta.b.float().flatten(1)
-    product: Tensor = (b @ a).mul_(delta.scaling)
+    product = unoriented(delta)
     if delta._out_axis:
         product = product.T
     return product.reshape(delta_shape(delta))
+
+
+def unoriented(delta: LoraDelta) -> Tensor:
+    """The product scaling * B @ A in float32 as [out, everything else], however the weight is stored."""
+    product: Tensor = (delta.b.float().flatten(1) @ delta.a.float().flatten(1)).mul_(delta.scaling)
+    return product
 
 
 def delta_of_expert(delta: LoraDelta, expert: int, rows: slice | None = None) -> LoraDelta:

@@ -11,7 +11,10 @@ from qlx.cli.session import Session
 
 @options.command(
     "merge",
-    examples=("qlx merge --base runs/digits-base --adapter adapters/digits -o merged/digits",),
+    examples=(
+        "qlx merge --base runs/digits-base --adapter adapters/digits -o merged/digits",
+        "qlx merge --base owner/model --adapter one --adapter two --weight 0.7 --weight 0.3 -o merged/both",
+    ),
 )
 @options.base()
 @options.adapters(required=True)
@@ -26,6 +29,27 @@ from qlx.cli.session import Session
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Data type of the merged weights (default: each tensor keeps the type it has in the base).",
 )
+@click.option(
+    "--combine",
+    "method",
+    type=click.Choice(
+        ["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+    ),
+    help="How several adapters become one (default: cat, which is their exact weighted sum).",
+)
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    help="Weight of each --adapter, in their order (default: 1).",
+)
+@click.option(
+    "--density", type=float, help="Share of values that ties, dare_… and magnitude_prune keep."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of dare_linear and dare_ties."
+)
 def command(
     session: Session,
     base: str | None,
@@ -34,13 +58,17 @@ def command(
     force: bool,
     onto: Literal["as-trained", "original"] | None,
     dtype: str | None,
+    method: str | None,
+    weights: tuple[float, ...],
+    density: float | None,
+    seed: int,
 ) -> None:
-    """Merge an adapter into its base.
+    """Merge an adapter, or several combined, into their base.
 
     The probe is replayed on the result before it appears. The base defaults to the recorded one.
     """
     from qlx.cli import render
-    from qlx.merging import merge
+    from qlx.merging import chosen_combination, merge
 
     merged = merge(
         base,
@@ -49,6 +77,7 @@ def command(
         onto=onto,
         dtype=dtype,
         force=force,
+        combination=chosen_combination(method, weights, density, seed),
         report=session.report,
     )
     session.emit(render.checkpoint_data(merged), render.print_made)

@@ -1,6 +1,7 @@
 """Folding an adapter into its base's weights: plan first, then stream, then prove it on the probe."""
 
 from qlx.merging.change import Change
+from qlx.merging.combine import Combination, chosen_combination, combine
 from qlx.merging.merge import adapter_checkpoint, merge, plan_of, write_merged
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.values import (
@@ -16,6 +17,7 @@ from qlx.merging.values import (
 __all__ = [
     "MAX_ERASED",
     "Change",
+    "Combination",
     "MergePlan",
     "Onto",
     "Rounding",
@@ -24,6 +26,8 @@ __all__ = [
     "base_value",
     "check_effect",
     "choose_onto",
+    "chosen_combination",
+    "combine",
     "erased_share",
     "merge",
     "merged_value",

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from qlx.checkpoint import (
     next_step,
     open_checkpoint,
 )
-from qlx.errors import InputRefused, Unsupported, UsageError
+from qlx.errors import InputRefused, UsageError
 from qlx.merging.change import Change
 from qlx.merging.coded import open_base
+from qlx.merging.combine import Combination, combine
 from qlx.merging.companions import (
     carry_probe,
     copy_companions,
@@ -47,14 +48,16 @@ def merge(
     dtype: str | None = None,
     force: bool = False,
     max_erased: float = MAX_ERASED,
+    combination: Combination | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
-    """Fold an adapter into its base's weights and prove on the probe that nothing changed.
+    """Fold one adapter or several into their base's weights and prove on the probe that nothing changed.
 
     `base` may be None where the recorded name resolves. `onto` is `as-trained` (the default where
     the record says how the base was quantized: exactly the tensors quantized in training go
     through their codec first) or `original`. `dtype` is float32, bfloat16, float16 or None to keep
-    each tensor's own.
+    each tensor's own. Several adapters are combined first, exactly (`cat`, weights 1) unless
+    `combination` says otherwise.
 
     Raises:
         Mismatch: adapter, base and records do not belong together.
@@ -63,7 +66,7 @@ def merge(
             the merged model's outputs differ from the unmerged one's.
     """
     tell = report or (lambda line: None)
-    with adapter_checkpoint(_only(adapter_dirs), base) as (adapter, recorded):
+    with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
         source = base_of(adapter, base)
         assert source is not None
         plan = plan_of(adapter, source, onto, dtype, recorded)
@@ -82,14 +85,24 @@ def merge(
     return Checkpoint(Path(output), done.manifest, done.digest)
 
 
-def _only(adapter_dirs: Sequence[Path]) -> Path:
-    if not adapter_dirs:
+@contextmanager
+def _one_adapter(
+    paths: Sequence[Path], base: str | Path | None, combination: Combination | None
+) -> Iterator[tuple[Checkpoint, bool]]:
+    """The adapter to merge: the only one given, or what several are combined to."""
+    if not paths:
         raise UsageError("merge needs an adapter; give --adapter DIR")
-    if len(adapter_dirs) > 1:
-        raise Unsupported(
-            "merging several adapters at once is not possible yet; merge them one after the other"
-        )
-    return Path(adapter_dirs[0])
+    with ExitStack() as stack:
+        opened = [stack.enter_context(adapter_checkpoint(Path(path), base)) for path in paths]
+        if len(opened) == 1 and combination is None:
+            yield opened[0]
+            return
+        adapters = [adapter for adapter, _ in opened]
+        source = base_of(adapters[0], base)
+        assert source is not None
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="qlx-combine-"))
+        made = combine(adapters, source, combination or Combination(), Path(scratch) / "adapter")
+        yield made, all(recorded for _, recorded in opened)
 
 
 @contextmanager

@@ -59,10 +59,14 @@ class MergePlan:
     @property
     def in_place(self) -> bool:
         """Whether every tensor keeps its dtype and shape, so that the files can be patched."""
-        return not isinstance(self.weights, CodedWeights) and all(
-            name in self.weights and self.weights[name].shape == change.shape
-            for name, change in self.changes.items()
-        ) and all(self.dtype_of(name) == info.dtype for name, info in self.weights.items())
+        return (
+            not isinstance(self.weights, CodedWeights)
+            and all(
+                name in self.weights and self.weights[name].shape == change.shape
+                for name, change in self.changes.items()
+            )
+            and all(self.dtype_of(name) == info.dtype for name, info in self.weights.items())
+        )
 
     @property
     def exact(self) -> bool:
