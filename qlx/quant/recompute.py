@@ -22,8 +22,8 @@ class _RemadeLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        weight = ctx.make(*ctx.saved_tensors)
-        return gradient @ weight.to(gradient.dtype), None, *(None for _ in ctx.saved_tensors)
+        parts = ctx.saved_tensors  # once: gradient checkpointing recomputes them for this one look
+        return gradient @ ctx.make(*parts).to(gradient.dtype), None, *(None for _ in parts)
 
 
 def linear_remade(x: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:

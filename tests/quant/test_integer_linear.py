@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from qlx.checkpoint import QuantSpec
@@ -85,6 +86,21 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass():
     x = torch.randn(2, 256, requires_grad=True)
     assert kept(layer, x) < 4096
     assert kept(reference, x) >= 256 * 256 * 4  # negative control
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    _, layer = made()
+    x = torch.randn(3, 128)
+    gradients = []
+    for checkpointed in (False, True):
+        y = x.clone().requires_grad_()
+        run = torch.utils.checkpoint.checkpoint
+        out = run(layer, y, use_reentrant=reentrant) if checkpointed else layer(y)
+        out.square().sum().backward()
+        gradients.append(y.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0
 
 
 def bytes_of(module):

@@ -223,6 +223,24 @@ def test_autocast_does_not_change_the_compute_dtype():
         assert layer(x).dtype is torch.float32
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    """Without re-entrance a saved part may be looked at once only."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = llama().train()
+        quantize_model(model, SPEC)
+        model.requires_grad_(False)
+        model.model.embed_tokens.weight.requires_grad_(True)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        ids = torch.arange(1, 9)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0
+
+
 def test_nothing_to_quantize_is_an_error():
     with pytest.raises(Unsupported, match="no linear layer"):
         quantize_model(nn.Sequential(nn.Conv2d(3, 3, 1)), SPEC)
