@@ -1,5 +1,6 @@
 """Folding an adapter into its base's weights: plan first, then stream, then prove it on the probe."""
 
+from qlx.merging.blocks import merged_value
 from qlx.merging.change import Change
 from qlx.merging.combine import Combination, chosen_combination, combine
 from qlx.merging.merge import adapter_checkpoint, merge, plan_of, write_merged
@@ -11,7 +12,6 @@ from qlx.merging.values import (
     base_value,
     check_effect,
     erased_share,
-    merged_value,
 )
 
 __all__ = [

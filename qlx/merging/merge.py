@@ -19,6 +19,7 @@ from qlx.checkpoint import (
     open_checkpoint,
 )
 from qlx.errors import InputRefused, UsageError
+from qlx.merging.blocks import merged_value
 from qlx.merging.change import Change
 from qlx.merging.coded import open_base
 from qlx.merging.combine import Combination, combine
@@ -31,7 +32,7 @@ from qlx.merging.companions import (
 )
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.stream import copy_file, load_tensor, overwrite, pieces, write_shards
-from qlx.merging.values import MAX_ERASED, Rounding, check_effect, merged_value, require_codes
+from qlx.merging.values import MAX_ERASED, Rounding, check_effect, require_codes
 from qlx.models import STORED_DTYPE
 from qlx.verification import base_of, needs_base, prove, replay
 from qlx.weights import INDEX_FILE, torch_dtype

@@ -31,9 +31,11 @@ __all__ = [
     "TensorWriter",
     "bytes_of",
     "copy_file",
+    "load_rows",
     "load_tensor",
     "overwrite",
     "pieces",
+    "read_into",
     "write_shards",
 ]
 
@@ -96,15 +98,44 @@ def load_tensor(weights: WeightSet, name: str) -> torch.Tensor:
         return weights.packed(name).values()
     info = weights[name]
     tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-    view = bytes_of(tensor)
     with open(weights.path_of(name), "rb", buffering=0) as file:
-        done = 0
-        while done < info.nbytes:
-            moved = os.preadv(file.fileno(), [view[done:]], info.begin + done)
-            if not moved:
-                raise CorruptCheckpoint(f"{weights.path_of(name)}: ended inside tensor {name!r}")
-            done += moved
+        what = f"{weights.path_of(name)}: ended inside tensor {name!r}"
+        read_into(file.fileno(), bytes_of(tensor), info.begin, what)
     return tensor
+
+
+def load_rows(weights: WeightSet, name: str, rows: slice) -> torch.Tensor:
+    """Some rows (along the first axis; a scalar has one) of a tensor that the files hold as it is.
+
+    Raises:
+        CorruptCheckpoint: the file has become shorter.
+    """
+    info = weights[name]
+    shape = info.shape or (1,)
+    tensor = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=torch_dtype(info.dtype))
+    begin = info.begin + info.nbytes // max(1, shape[0]) * rows.start
+    with open(weights.path_of(name), "rb", buffering=0) as file:
+        read_into(
+            file.fileno(),
+            bytes_of(tensor),
+            begin,
+            f"{weights.path_of(name)}: ended inside tensor {name!r}",
+        )
+    return tensor
+
+
+def read_into(descriptor: int, view: memoryview, begin: int, what: str) -> None:
+    """Fill `view` with a file's bytes from offset `begin`; `what` is the message of the error.
+
+    Raises:
+        CorruptCheckpoint: the file ends before that.
+    """
+    done = 0
+    while done < len(view):
+        moved = os.preadv(descriptor, [view[done:]], begin + done)
+        if not moved:
+            raise CorruptCheckpoint(what)
+        done += moved
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

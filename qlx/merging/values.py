@@ -5,21 +5,28 @@ only applies them in the order that training did, in fp32, and rounds once.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from qlx.adapters import merged_weight, with_rows
 from qlx.checkpoint import QuantSpec
 from qlx.errors import CheckFailed, Mismatch
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
-from qlx.merging.stream import load_tensor
+from qlx.merging.stream import load_rows, load_tensor
 from qlx.models import STORED_DTYPE, torch_float
-from qlx.quant import PackedTensor, dequantize_tensor, packed_fingerprint, quantize_tensor
-from qlx.weights import WeightSet, torch_dtype
+from qlx.quant import (
+    PackedTensor,
+    dequantize_tensor,
+    packed_fingerprint,
+    quantize_rows,
+    quantize_tensor,
+    row_unit,
+)
+from qlx.weights import WeightSet
 
 __all__ = [
     "MAX_ERASED",
@@ -30,12 +37,15 @@ __all__ = [
     "check_effect",
     "erased_share",
     "inner_product",
-    "merged_value",
     "require_codes",
+    "stored_dtype",
 ]
 
 MAX_ERASED = 0.5
 """The largest share of an adapter's weight change that rounding may take before a merge is refused."""
+
+
+_CODEC_VALUES = 2**18  # a codec's temporaries take about 20 bytes for each
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,12 @@ def erased_share(roundings: Iterable[Rounding]) -> float:
 def as_loaded(weights: WeightSet, spec: QuantSpec, name: str) -> Tensor:
     """A tensor of the base in the dtype that training loaded it in (before any quantization)."""
     stored = load_tensor(weights, name)
-    dtype = torch_float(str(spec.extras.get(STORED_DTYPE, "float32")))
-    return stored.to(dtype) if stored.is_floating_point() else stored
+    return stored.to(stored_dtype(spec)) if stored.is_floating_point() else stored
+
+
+def stored_dtype(spec: QuantSpec) -> torch.dtype:
+    """The dtype that training loaded the base in."""
+    return torch_float(str(spec.extras.get(STORED_DTYPE, "float32")))
 
 
 def as_trained(weights: WeightSet, spec: QuantSpec, name: str) -> Tensor:
@@ -84,7 +98,12 @@ def codes_as_trained(weights: WeightSet, spec: QuantSpec, name: str) -> PackedTe
     """The codes that training saw of a quantized tensor: those of the files, or made as it made them."""
     if isinstance(weights, CodedWeights) and name in weights.coded:
         return weights.packed(name)
-    return quantize_tensor(as_loaded(weights, spec, name), spec)
+    shape, dtype = weights[name].shape, stored_dtype(spec)
+    unit = row_unit(shape, spec)
+    if unit is None:
+        return quantize_tensor(as_loaded(weights, spec, name), spec)
+    rows = max(unit, _CODEC_VALUES // prod(shape[1:]) // unit * unit)
+    return quantize_rows(lambda cut: load_rows(weights, name, cut).to(dtype), shape, spec, rows)
 
 
 def base_value(plan: MergePlan, change: Change) -> Tensor:
@@ -94,47 +113,6 @@ def base_value(plan: MergePlan, change: Change) -> Tensor:
     if change.as_trained:
         return as_trained(plan.weights, plan.spec, change.source)
     return load_tensor(plan.weights, change.source).float()
-
-
-def merged_value(plan: MergePlan, change: Change) -> tuple[Tensor, Rounding | None]:
-    """The tensor to write, in its final dtype, and what rounding cost (None where nothing was trained)."""
-    dtype = torch_dtype(change.dtype)
-    before = base_value(plan, change)
-    after = before
-    if change.rows is not None:
-        after = with_rows(after, change.rows)
-    if change.delta is not None:
-        after = merged_weight(after, change.delta)
-    elif change.addend is not None:
-        after = after + change.addend
-    written = after.to(dtype)
-    if after is before:
-        return written, _whole_rounding(plan, change, after, written)
-    return written, _rounding(change.name, before, after, written)
-
-
-def _whole_rounding(
-    plan: MergePlan, change: Change, after: Tensor, written: Tensor
-) -> Rounding | None:
-    """What rounding cost a tensor that was trained whole; None for a mere copy of the base's."""
-    if change.value is None:
-        return None
-    info = plan.weights.get(change.source)
-    if info is None or info.shape != change.shape:  # a new head
-        return replace(_rounding(change.name, torch.zeros_like(after), after, written), whole=True)
-    before = load_tensor(plan.weights, change.source).float()
-    if torch.equal(before, after):
-        return None
-    return replace(_rounding(change.name, before, after, written), whole=True)
-
-
-def _rounding(name: str, before: Tensor, after: Tensor, written: Tensor) -> Rounding:
-    delta = after - before
-    energy = inner_product(delta, delta)
-    kept = (
-        energy if written.dtype == torch.float32 else inner_product(written.float() - before, delta)
-    )
-    return Rounding(name, energy, kept, not torch.equal(written, before.to(written.dtype)))
 
 
 def inner_product(left: Tensor, right: Tensor) -> float:
