@@ -119,9 +119,15 @@ def _quantization(spec: Mapping[str, Any]) -> str:
         return "none"
     double = ", double quantization" if spec["double_quant"] else ""
     return (
-        f"{spec['scheme']}, groups of {spec['group_size']}{double}, compute {spec['compute_dtype']}, "
+        f"{spec['scheme']}, {_grouping(spec)}{double}, compute {spec['compute_dtype']}, "
         f"{len(spec['modules']) or len(spec['tensors'])} tensors ({spec['method']})"
     )
+
+
+def _grouping(spec: Mapping[str, Any]) -> str:
+    if spec["group_size"] is not None:
+        return f"groups of {spec['group_size']}"
+    return "one scale a tensor" if spec["scheme"] == "ternary" else "one scale a row"
 
 
 def _adapter(spec: Mapping[str, Any]) -> str:
