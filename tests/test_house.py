@@ -336,6 +336,20 @@ def test_an_undeclared_import_is_found(small_tree):
     ]
 
 
+def test_the_extras_named_in_messages_are_those_of_the_project():
+    from qlx.cli import EXTRAS_OF_MODULE
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    brings = {
+        extra: {_normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
+        for extra, lines in project["optional-dependencies"].items()
+        if extra not in ("all", "dev")
+    }
+    for module, extras in EXTRAS_OF_MODULE.items():
+        name = _normal(DISTRIBUTION.get(module, module))
+        assert set(extras) == {extra for extra, names in brings.items() if name in names}, module
+
+
 def test_every_declared_dependency_is_pinned():
     pins = {
         _normal(line.split("==")[0])

@@ -22,20 +22,30 @@ INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a defect of qlx itself
 INTERRUPTED = 130
 NO_ROOM = 5
 
-# What `pip install 'qlx[…]'` must name when one of these is missing.
-_EXTRA_OF_MODULE = {
-    "fastapi": "serve",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "onnxruntime": "serve",
-    "onnxscript": "export",
-    "starlette": "serve",
-    "uvicorn": "serve",
+# The extras that bring a module; a command's own extra is named if it is among them.
+EXTRAS_OF_MODULE = {
+    "PIL": ("train", "serve"),
+    "accelerate": ("train", "export"),
+    "bitsandbytes": ("train", "export"),
+    "datasets": ("train",),
+    "h11": ("serve",),
+    "huggingface_hub": ("train",),
+    "jinja2": ("train", "serve"),
+    "matplotlib": ("train",),
+    "onnx": ("export",),
+    "onnx_ir": ("export",),
+    "onnxruntime": ("serve", "export"),
+    "onnxscript": ("export",),
+    "peft": ("train", "export"),
+    "pyarrow": ("train",),
+    "sklearn": ("train",),
+    "starlette": ("serve",),
+    "tokenizers": ("train", "serve"),
+    "torch": ("train", "export"),
+    "transformers": ("train", "export"),
+    "trl": ("train",),
+    "uvicorn": ("serve",),
 }
-_TRAIN_MODULES = (
-    "accelerate", "bitsandbytes", "datasets", "huggingface_hub", "jinja2", "matplotlib", "peft",
-    "PIL", "sklearn", "tokenizers", "torch", "transformers", "trl",
-)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the boundary: every failure gets a line and a code
         if session.debug:
             traceback.print_exc()
-        kind, message, code = _explain(error)
+        kind, message, code = _explain(error, session.extra)
         return _fail(session, kind, message, code)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -71,7 +81,7 @@ def _fail(session: Session, kind: str, message: str, code: int) -> int:
     return code
 
 
-def _explain(error: Exception) -> tuple[str, str, int]:
+def _explain(error: Exception, extra: str) -> tuple[str, str, int]:
     """(kind, message, exit code) of any exception that ended a command."""
     kind = type(error).__name__
     if isinstance(error, QlxError):
@@ -80,8 +90,9 @@ def _explain(error: Exception) -> tuple[str, str, int]:
         return "UsageError", _usage(error), 2
     if isinstance(error, click.ClickException):
         return "UsageError", error.format_message(), 2
-    if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error)):
-        needs = f"this command needs it: pip install 'qlx[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and (extras := _extras_of(error)):
+        named = extra if extra in extras else extras[0]
+        needs = f"this command needs it: pip install 'qlx[{named}]'"
         return "MissingExtra", f"{error.name} is not installed; {needs}", 4
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return "NoRoom", "not enough memory; `qlx plan` shows what a training needs", NO_ROOM
@@ -97,9 +108,8 @@ def _usage(error: click.UsageError) -> str:
     return f"{text}; see `{command} --help`"
 
 
-def _extra_of(error: ModuleNotFoundError) -> str | None:
-    module = (error.name or "").partition(".")[0]
-    return "train" if module in _TRAIN_MODULES else _EXTRA_OF_MODULE.get(module)
+def _extras_of(error: ModuleNotFoundError) -> tuple[str, ...]:
+    return EXTRAS_OF_MODULE.get((error.name or "").partition(".")[0], ())
 
 
 def _is_torch_out_of_memory(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from qlx.cli.session import Session
 
 @options.command(
     "export-onnx",
+    extra="export",
     examples=(
         "qlx export-onnx merged/digits -o onnx/digits",
         "qlx export-onnx packed/digits -o onnx/digits-nf4",

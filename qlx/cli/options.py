@@ -26,10 +26,15 @@ SHARED = {
 class Command(click.Command):
     """A command whose help ends with examples and whose stray prints go to standard error."""
 
-    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any) -> None:
-        """Take click's own arguments; each of `examples` is a complete command line."""
+    def __init__(
+        self, *args: Any, examples: tuple[str, ...] = (), extra: str = "train", **kwargs: Any
+    ) -> None:
+        """Take click's own arguments; each of `examples` is a complete command line.
+
+        `extra` is what to install when something that the command needs is missing.
+        """
         super().__init__(*args, **kwargs)
-        self.examples = examples
+        self.examples, self.extra = examples, extra
         self.params.sort(key=lambda parameter: parameter.name in SHARED)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -41,12 +46,14 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the body with the session's streams in place."""
         session = ctx.find_object(Session) or Session()
-        ctx.obj = session
+        ctx.obj, session.extra = session, self.extra
         with session.streams():
             return super().invoke(ctx)
 
 
-def command(name: str, *, examples: tuple[str, ...]) -> Callable[[Callable[..., Any]], Command]:
+def command(
+    name: str, *, examples: tuple[str, ...], extra: str = "train"
+) -> Callable[[Callable[..., Any]], Command]:
     """Make a function the command `name`, with the options that all commands share.
 
     The function gets the `Session` first and its options as keywords.
@@ -54,7 +61,7 @@ def command(name: str, *, examples: tuple[str, ...]) -> Callable[[Callable[..., 
 
     def decorate(function: Callable[..., Any]) -> Command:
         shared = _shared(click.pass_obj(function))
-        return click.command(name, cls=Command, examples=examples)(shared)
+        return click.command(name, cls=Command, examples=examples, extra=extra)(shared)
 
     return decorate
 

@@ -10,6 +10,7 @@ from qlx.cli.session import Session
 
 @options.command(
     "serve",
+    extra="serve",
     examples=(
         "qlx serve onnx/digits --port 8080",
         "qlx serve adapters/python --base runs/python-base --adapter second=adapters/other",

@@ -25,12 +25,14 @@ class Session:
         json: the result is one JSON object.
         quiet: no progress lines.
         debug: tracebacks and library warnings are shown.
+        extra: the extra that the running command belongs to, for the message when it is missing.
         out: standard output as it was at the start; only the result goes there.
     """
 
     json: bool = False
     quiet: bool = False
     debug: bool = False
+    extra: str = "train"
     out: TextIO = field(default_factory=lambda: sys.stdout)
     _emitted: bool = False
 

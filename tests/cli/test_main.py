@@ -167,6 +167,20 @@ def test_every_failure_is_one_line_and_one_code(failing, capsys, error, code, te
     assert "working" not in captured.err
 
 
+@pytest.mark.parametrize(("extra", "named"), [("export", "export"), ("train", "serve")])
+def test_a_missing_module_names_the_extra_of_the_command(monkeypatch, capsys, extra, named):
+    @options.command("boom", examples=("qlx boom",), extra=extra)
+    def command(session):
+        raise no_module("onnxruntime")
+
+    module = type(sys)("boom_command")
+    module.command = command
+    monkeypatch.setitem(sys.modules, "boom_command", module)
+    monkeypatch.setitem(commands.MODULES, "boom", "boom_command")
+    assert main(["boom"]) == 4
+    assert f"pip install 'qlx[{named}]'" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(failing, capsys):
     failing(errors.Mismatch("another base"))
     assert main(["boom", "--debug"]) == 3
