@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -70,6 +71,8 @@ class Session:
         if not self.debug:
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            # It says with every process that an optional kernel is not installed.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         if self.quiet:
             os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         with contextlib.redirect_stdout(sys.stderr):
