@@ -22,7 +22,7 @@ CONFIG_FILE = "config.json"
 
 KNOWN: Mapping[Task, tuple[str, ...]] = {
     "image-classification": ("vit", "deit", "dinov2"),
-    "causal-lm": ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "mixtral", "qwen3_moe"),
+    "causal-lm": ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "mixtral", "qwen3_moe", "bitnet"),
 }
 """Model types that are loaded, by task."""
 

@@ -6,12 +6,18 @@ import pytest
 import torch
 
 from qlx.adapters import delta_weight, read_adapter
-from qlx.checkpoint import open_checkpoint, resolve_source
+from qlx.checkpoint import QuantSpec, open_checkpoint, resolve_source
 from qlx.errors import CorruptCheckpoint, Mismatch, Unsupported
 from qlx.merging import merge
 from qlx.merging.coded import CodedWeights, open_base
 from qlx.models import load_base, load_model, stored_codes
-from qlx.quant import IntegerLinear, packed_modules
+from qlx.quant import (
+    IntegerLinear,
+    bitnet_entries,
+    eligible_modules,
+    packed_modules,
+    quantize_tensor,
+)
 from qlx.verification import verify
 from qlx.weights import read_tensors, write_tensors
 from tests.adapter_support import NF4, Case, make_adapter
@@ -63,6 +69,49 @@ def test_an_adapter_on_a_coded_base_merges_as_it_was_trained(kind, tmp_path):
         assert (result[tensor].double() - oracle).abs().max() <= 1e-6
         assert (result[tensor] - values[tensor]).abs().max() > 1e-3  # negative control
     assert verify(merged.path).passed
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+def test_a_bitnet_model_computes_here_what_it_does_in_transformers(linear_class, tmp_path):
+    """With inputs rounded as there, its logits; without, another model by about that rounding."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BitNetConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    spec = QuantSpec(scheme="ternary", weight_bits=2, activation_bits=8)
+    for name in eligible_modules(model):
+        packed = quantize_tensor(state[f"{name}.weight"], spec)
+        state |= bitnet_entries(packed, f"{name}.weight", linear_class)
+    section = {
+        "quant_method": "bitnet",
+        "linear_class": linear_class,
+        "quantization_mode": "offline",
+    }
+    config.quantization_config, config.architectures = section, ["BitNetForCausalLM"]
+    config.save_pretrained(tmp_path)
+    write_tensors(tmp_path / "model.safetensors", state, metadata={"format": "pt"})
+    ids = torch.arange(1, 9)[None]
+    stored = stored_codes(tmp_path)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        expected = theirs.eval()(input_ids=ids).logits
+        same = load_base(tmp_path, "causal-lm", quant=stored.spec(activation_bits=8))
+        found = same(input_ids=ids).logits
+        plain = load_base(tmp_path, "causal-lm", quant=stored.spec())(input_ids=ids).logits
+    assert (found - expected).norm() / expected.norm() < 1e-5
+    assert (plain - expected).norm() / expected.norm() > 1e-3  # negative control
 
 
 def test_codes_that_changed_are_refused(tmp_path):
