@@ -7,10 +7,18 @@ from typing import Any
 from qlx.checkpoint import Source, resolve_source
 from qlx.errors import InputRefused, Unsupported, require
 from qlx.inputs import ImagePreprocessor, ImageSplit, TextCodec, TextSplit, load_split
-from qlx.models import Labels, build_config, empty_model, read_config
+from qlx.models import (
+    Labels,
+    build_config,
+    empty_model,
+    read_config,
+    stored_codes,
+    tensor_names,
+)
 from qlx.recipe import Recipe
-from qlx.training.job import new_head
+from qlx.training.job import base_quantization, new_head
 from qlx.training.tags import tag_of
+from qlx.weights import open_weights
 
 __all__ = ["DryRun", "check"]
 
@@ -110,7 +118,13 @@ def _check_model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSpli
     model: Any = _model(recipe, base, train)
     section = recipe.quantization
     quantized: tuple[str, ...] = ()
-    if section is not None:
+    stored = None if base is None else stored_codes(base)
+    if base is not None and stored is not None:
+        base_quantization(recipe, base)
+        names = {disk: memory for memory, disk in tensor_names(model, base).items()}
+        weights = stored.weight_names(open_weights(base))
+        quantized = tuple(names[name].removesuffix(".weight") for name in weights if name in names)
+    elif section is not None:
         quantized = tuple(eligible_modules(model, section.skip_modules, section.values_per_scale))
     adapted: tuple[str, ...] = ()
     if recipe.adapter is not None:

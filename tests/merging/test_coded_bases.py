@@ -114,6 +114,20 @@ def test_a_bitnet_model_computes_here_what_it_does_in_transformers(linear_class,
     assert (plain - expected).norm() / expected.norm() > 1e-3  # negative control
 
 
+@pytest.mark.parametrize("kind", ["gptq", "bitnet"])
+def test_a_plain_peft_directory_merges_onto_the_values_of_the_codes(kind, tmp_path):
+    base, values = coded_base(tmp_path / "base", kind)
+    adapter = make_adapter(base, tmp_path / "adapter", Case(quant=stored_codes(base).spec()))
+    for name in ("qlx.json", "probe.safetensors"):
+        (adapter.path / name).unlink()
+    merged = merge(str(base), [adapter.path], tmp_path / "merged", dtype="float32")
+    result, weights = read_tensors(merged.path), read_adapter(adapter.path)
+    for module, tensor in adapter.manifest.adapter.tensors.items():
+        oracle = values[tensor].double() + delta_weight(weights.deltas[module]).double()
+        assert (result[tensor].double() - oracle).abs().max() <= 1e-6
+    assert verify(merged.path).passed
+
+
 def test_codes_that_changed_are_refused(tmp_path):
     base, _ = coded_base(tmp_path / "base", "gptq")
     adapter = make_adapter(base, tmp_path / "adapter", Case(quant=stored_codes(base).spec()))

@@ -9,7 +9,7 @@ from qlx.checkpoint import open_checkpoint
 from qlx.errors import RecipeError, Unsupported
 from qlx.merging import merge
 from qlx.recipe import load_recipe
-from qlx.training import train
+from qlx.training import check, train
 from qlx.verification import verify
 from tests.coded_support import encode
 from tests.conftest import DIGITS_RUN, PYTHON_RUN, recipe_of
@@ -50,6 +50,7 @@ def test_a_recipe_trains_on_codes_as_they_are(kind, python_base, tmp_path):
     shutil.copytree(python_base, base, ignore=shutil.ignore_patterns("qlx.json"))
     encode(base, kind)
     recipe = recipe_of(PYTHON_RUN, base, quantization=None, training=SHORT)
+    assert len(check(recipe).quantized) == 14
     run = train(recipe, tmp_path / "run")
     assert run.manifest.quantization.backend == kind
     assert len(run.manifest.quantization.tensors) == 14
@@ -57,6 +58,8 @@ def test_a_recipe_trains_on_codes_as_they_are(kind, python_base, tmp_path):
     assert verify(open_checkpoint(merged.path).path).passed
     with pytest.raises(Unsupported, match="stay as they are; leave out"):
         train(recipe_of(PYTHON_RUN, base, training=SHORT), tmp_path / "again")
+    with pytest.raises(Unsupported, match="stay as they are; leave out"):
+        check(recipe_of(PYTHON_RUN, base, training=SHORT))
 
 
 TEXT = """\
