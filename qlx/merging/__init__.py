@@ -3,7 +3,8 @@
 from qlx.merging.blocks import merged_value
 from qlx.merging.change import Change
 from qlx.merging.combine import Combination, chosen_combination, combine
-from qlx.merging.merge import adapter_checkpoint, merge, plan_of, write_merged
+from qlx.merging.engine import Written, write_merge
+from qlx.merging.merge import adapter_checkpoint, merge, plan_of
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.values import (
     MAX_ERASED,
@@ -21,6 +22,7 @@ __all__ = [
     "MergePlan",
     "Onto",
     "Rounding",
+    "Written",
     "adapter_checkpoint",
     "as_trained",
     "base_value",
@@ -33,5 +35,5 @@ __all__ = [
     "merged_value",
     "plan_merge",
     "plan_of",
-    "write_merged",
+    "write_merge",
 ]

@@ -1,15 +1,15 @@
 """`merge`: plan, stream, prove. No model is instantiated until the merged files are replayed."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from qlx.adapters import read_adapter
 from qlx.checkpoint import (
     Checkpoint,
+    FileEntry,
     Manifest,
     QuantSpec,
     Source,
@@ -17,10 +17,9 @@ from qlx.checkpoint import (
     new_checkpoint,
     next_step,
     open_checkpoint,
+    require_base,
 )
 from qlx.errors import InputRefused, UsageError
-from qlx.merging.blocks import merged_value
-from qlx.merging.change import Change
 from qlx.merging.coded import open_base
 from qlx.merging.combine import Combination, combine
 from qlx.merging.companions import (
@@ -30,14 +29,14 @@ from qlx.merging.companions import (
     read_config,
     write_config,
 )
+from qlx.merging.engine import write_merge
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
-from qlx.merging.stream import copy_file, load_tensor, overwrite, pieces, write_shards
-from qlx.merging.values import MAX_ERASED, Rounding, check_effect, require_codes
+from qlx.merging.values import MAX_ERASED, check_codes, check_effect, require_codes
 from qlx.models import STORED_DTYPE
 from qlx.verification import base_of, needs_base, prove, replay
-from qlx.weights import INDEX_FILE, torch_dtype
+from qlx.verification.base import find_base
 
-__all__ = ["adapter_checkpoint", "merge", "plan_of", "write_merged"]
+__all__ = ["adapter_checkpoint", "merge", "plan_of"]
 
 
 def merge(
@@ -68,21 +67,22 @@ def merge(
     """
     tell = report or (lambda line: None)
     with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
-        source = base_of(adapter, base)
-        assert source is not None
-        plan = plan_of(adapter, source, onto, dtype, recorded)
+        source, plan = _planned(adapter, base, onto, dtype, recorded)
         tell(
             f"merging {len(plan.changes)} of {len(plan.weights)} tensors onto the {plan.onto} base"
         )
         with new_checkpoint(output, force=force) as staging:
-            roundings = write_merged(plan, staging)
-            erased = check_effect(roundings, max_erased, main_dtype(plan))
+            written = write_merge(plan, staging)
+            source = replace(source, known=written.fingerprint)
+            require_base(adapter.manifest, source)
+            check_codes(plan, written.codes)
+            erased = check_effect(written.roundings, max_erased, main_dtype(plan))
             copy_companions(staging, source.path, adapter.path)
             write_config(staging, {**read_config(adapter.path), **plan.config}, main_dtype(plan))
             carry_probe(adapter, staging)
-            manifest = _manifest(adapter, source, plan, erased, len(roundings))
+            manifest = _manifest(adapter, source, plan, erased, len(written.roundings))
             tell("replaying the probe on the merged files")
-            done = _finish(staging, manifest, adapter, source, plan)
+            done = _finish(staging, manifest, adapter, source, plan, written.files)
     return Checkpoint(Path(output), done.manifest, done.digest)
 
 
@@ -141,6 +141,27 @@ def _records_base_values(manifest: Manifest) -> bool:
     return not imported and (spec.quantized or STORED_DTYPE in spec.extras)
 
 
+def _planned(
+    adapter: Checkpoint,
+    base: str | Path | None,
+    onto: Onto | None,
+    dtype: str | None,
+    recorded: bool,
+) -> tuple[Source, MergePlan]:
+    """The base and a plan that holds if the base turns out to be the recorded one.
+
+    Whether it is takes reading all of it, which the merge does anyway. Where no plan can be made,
+    that the base is the wrong one is the better explanation.
+    """
+    source = find_base(adapter, base)
+    assert source is not None
+    try:
+        return source, _plan(adapter, source, onto, dtype, recorded)
+    except InputRefused:
+        require_base(adapter.manifest, source)
+        raise
+
+
 def plan_of(
     adapter: Checkpoint, source: Source, onto: Onto | None, dtype: str | None, recorded: bool
 ) -> MergePlan:
@@ -150,69 +171,23 @@ def plan_of(
         Mismatch: they do not belong together, or quantizing the base gives other codes.
         Unsupported: the adapter uses a feature that cannot be merged.
     """
-    manifest = adapter.manifest
-    chosen = choose_onto(manifest.quantization, onto, recorded)
-    plan = plan_merge(
-        open_base(source.path),
-        manifest,
-        read_adapter(adapter.path),
-        onto=chosen,
-        dtype=dtype,
-        config=read_config(source.path),
-    )
+    plan = _plan(adapter, source, onto, dtype, recorded)
     require_codes(plan)
     return plan
 
 
-def write_merged(plan: MergePlan, directory: Path) -> list[Rounding]:
-    """Write the merged weight files into `directory`: patched copies, or anew where offsets move.
-
-    Returns:
-        What rounding cost, for every tensor that has a delta.
-    """
-    return _patch(plan, directory) if plan.in_place else _rewrite(plan, directory)
-
-
-def _patch(plan: MergePlan, directory: Path) -> list[Rounding]:
-    roundings: list[Rounding] = []
-    for path in plan.weights.files:
-        copy_file(path, directory / path.name)
-        touched = (
-            change for name, change in plan.changes.items() if plan.weights.path_of(name) == path
-        )
-        overwrite(
-            directory / path.name,
-            ((plan.weights[change.name], _value(plan, change, roundings)) for change in touched),
-        )
-    index = plan.weights.directory / INDEX_FILE
-    if index.is_file():
-        copy_file(index, directory / INDEX_FILE)
-    return roundings
-
-
-def _rewrite(plan: MergePlan, directory: Path) -> list[Rounding]:
-    roundings: list[Rounding] = []
-    entries = {}
-    for name in sorted({*plan.weights, *plan.changes}):
-        change = plan.changes.get(name)
-        shape = plan.weights[name].shape if change is None else change.shape
-        entries[name] = (plan.dtype_of(name), shape, pieces(_maker(plan, name, roundings)))
-    write_shards(directory, plan.weights, entries)
-    return roundings
-
-
-def _maker(plan: MergePlan, name: str, roundings: list[Rounding]) -> Callable[[], torch.Tensor]:
-    change = plan.changes.get(name)
-    if change is None:
-        return lambda: load_tensor(plan.weights, name).to(torch_dtype(plan.dtype_of(name)))
-    return lambda: _value(plan, change, roundings)
-
-
-def _value(plan: MergePlan, change: Change, roundings: list[Rounding]) -> torch.Tensor:
-    tensor, rounding = merged_value(plan, change)
-    if rounding is not None:
-        roundings.append(rounding)
-    return tensor
+def _plan(
+    adapter: Checkpoint, source: Source, onto: Onto | None, dtype: str | None, recorded: bool
+) -> MergePlan:
+    manifest = adapter.manifest
+    return plan_merge(
+        open_base(source.path),
+        manifest,
+        read_adapter(adapter.path),
+        onto=choose_onto(manifest.quantization, onto, recorded),
+        dtype=dtype,
+        config=read_config(source.path),
+    )
 
 
 def _manifest(
@@ -231,7 +206,12 @@ def _manifest(
 
 
 def _finish(
-    staging: Path, manifest: Manifest, adapter: Checkpoint, source: Source, plan: MergePlan
+    staging: Path,
+    manifest: Manifest,
+    adapter: Checkpoint,
+    source: Source,
+    plan: MergePlan,
+    known: Mapping[str, FileEntry],
 ) -> Checkpoint:
     """Replay the merged files; those on the original base must agree with the adapter run on it."""
     if manifest.probe is None:
@@ -242,4 +222,4 @@ def _finish(
     if plan.onto == "original" and plan.spec.quantized and not plan.rounds:
         unquantized = adapter.manifest.model_copy(update={"quantization": QuantSpec()})
         own = replay(Checkpoint(adapter.path, unquantized, adapter.digest), source)
-    return prove(staging, manifest, own=own)
+    return prove(staging, manifest, own=own, known=known)

@@ -1,88 +1,59 @@
-"""Bytes of a merge: copy whole shards in the kernel, then write the changed tensors over the copy.
+"""Bytes of weight files: copied inside the kernel, read into tensors whole or by rows, written back.
 
-Where a tensor keeps dtype and shape its offsets do not move, so a merge costs little more than
-`cp`. Where they do move (another dtype, a new head), the file is written anew, tensor by tensor.
-Reads and writes go through file descriptors, not memory maps: a disk that fills up or a file that
+Everything goes through file descriptors, not memory maps: a disk that fills up or a file that
 shrinks is then an error instead of a signal.
 """
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlx.checkpoint import canonical_json
 from qlx.errors import CorruptCheckpoint
 from qlx.merging.coded import CodedWeights
-from qlx.weights import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorInfo,
-    WeightSet,
-    read_header,
-    torch_dtype,
-    write_raw,
-)
+from qlx.weights import WeightSet, torch_dtype
 
-__all__ = [
-    "TensorWriter",
-    "bytes_of",
-    "copy_file",
-    "load_rows",
-    "load_tensor",
-    "overwrite",
-    "pieces",
-    "read_into",
-    "write_shards",
-]
+__all__ = ["bytes_of", "copy_range", "load_rows", "load_tensor", "read_into", "write_at"]
 
-TensorWriter = Callable[[], Iterable[bytes]]
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-_CHUNK = 8 * 2**20
+_CHUNK = 2**20
 
 
-def copy_file(source: Path, target: Path) -> int:
-    """Copy a file without its bytes passing through this process, where the system can.
+def copy_range(source: int, target: int, begin: int, to: int, size: int) -> None:
+    """Copy bytes between two open files without their passing through this process, where possible.
 
-    Returns:
-        The number of bytes copied.
+    `begin` and `to` are the offsets in the source and in the target.
 
     Raises:
-        CorruptCheckpoint: the source shrank while it was copied.
+        CorruptCheckpoint: the source ends before that.
     """
-    with open(source, "rb") as reader, open(target, "wb") as writer:
-        size = os.fstat(reader.fileno()).st_size
-        method = _in_kernel
-        done = 0
-        while done < size:
-            try:
-                moved = method(reader.fileno(), writer.fileno(), done, min(size - done, 2**30))
-            except OSError as error:
-                if method is not _in_kernel or error.errno not in _NO_KERNEL_COPY:
-                    raise
-                method = _by_hand
-                continue
-            if not moved:
-                raise CorruptCheckpoint(f"{source}: became shorter while it was copied")
-            done += moved
-    return size
+    done = 0
+    while done < size:
+        count = size - done
+        try:
+            moved = _in_kernel(source, target, begin + done, to + done, count)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+            moved = _by_hand(source, target, begin + done, to + done, count)
+        if not moved:
+            raise CorruptCheckpoint("a file of the base became shorter while it was copied")
+        done += moved
 
 
-def _in_kernel(source: int, target: int, offset: int, count: int) -> int:
+def _in_kernel(source: int, target: int, begin: int, to: int, count: int) -> int:
     if hasattr(os, "copy_file_range"):
-        return os.copy_file_range(source, target, count, offset, offset)
-    return _by_hand(source, target, offset, count)
+        return os.copy_file_range(source, target, count, begin, to)
+    return _by_hand(source, target, begin, to, count)
 
 
-def _by_hand(source: int, target: int, offset: int, count: int) -> int:
-    piece = os.pread(source, min(count, _CHUNK), offset)
-    return _write_at(target, memoryview(piece), offset)
+def _by_hand(source: int, target: int, begin: int, to: int, count: int) -> int:
+    return write_at(target, memoryview(os.pread(source, min(count, _CHUNK), begin)), to)
 
 
-def _write_at(target: int, data: memoryview, offset: int) -> int:
+def write_at(target: int, data: memoryview, offset: int) -> int:
+    """Write all of `data` at an offset of an open file; gives the number of bytes."""
     done = 0
     while done < len(data):
         done += os.pwrite(target, data[done:], offset + done)
@@ -142,56 +113,3 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, sharing its memory."""
     flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
-
-
-def overwrite(path: Path, tensors: Iterable[tuple[TensorInfo, torch.Tensor]]) -> None:
-    """Write tensors over their places in an existing file; all other bytes stay as they are.
-
-    Raises:
-        CorruptCheckpoint: a tensor does not have the size of its place.
-    """
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        for info, tensor in tensors:
-            data = bytes_of(tensor.contiguous())
-            if len(data) != info.nbytes:
-                raise CorruptCheckpoint(
-                    f"{path}: {info.name!r} needs {info.nbytes} bytes, got {len(data)}"
-                )
-            _write_at(descriptor, data, info.begin)
-    finally:
-        os.close(descriptor)
-
-
-def write_shards(
-    directory: Path,
-    weights: WeightSet,
-    entries: Mapping[str, tuple[str, tuple[int, ...], TensorWriter]],
-) -> None:
-    """Write tensors anew as `directory`'s weight files, cut like `weights`; new names join the last file.
-
-    `entries` gives each tensor's dtype name, shape and a function for its bytes; one tensor is in
-    memory at a time.
-    """
-    last = weights.files[-1]
-    place = {name: weights.places.get(name, last).name for name in entries}
-    for path in weights.files:
-        chosen = {name: entry for name, entry in entries.items() if place[name] == path.name}
-        write_raw(directory / path.name, chosen, {"format": "pt"})
-    if [path.name for path in weights.files] != [SINGLE_FILE]:
-        total = sum(_size(directory / path.name) for path in weights.files)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
-        (directory / INDEX_FILE).write_bytes(canonical_json(index))
-
-
-def _size(path: Path) -> int:
-    return sum(info.nbytes for info in read_header(path).tensors.values())
-
-
-def pieces(make: Callable[[], torch.Tensor]) -> TensorWriter:
-    """A writer that computes its tensor when its turn comes and forgets it afterwards."""
-
-    def write() -> Iterator[bytes]:
-        yield bytes_of(make().contiguous())  # type: ignore[misc]  # a memoryview is bytes to a file
-
-    return write

@@ -34,6 +34,7 @@ __all__ = [
     "as_loaded",
     "as_trained",
     "base_value",
+    "check_codes",
     "check_effect",
     "erased_share",
     "inner_product",
@@ -165,10 +166,25 @@ def require_codes(plan: MergePlan) -> None:
     spec = plan.spec
     if plan.onto == "original" or spec.fingerprint is None:
         return
-    found = packed_fingerprint(
-        (name, codes_as_trained(plan.weights, spec, name)) for name in spec.tensors
+    check_codes(
+        plan,
+        packed_fingerprint(
+            (name, codes_as_trained(plan.weights, spec, name)) for name in spec.tensors
+        ),
     )
+
+
+def check_codes(plan: MergePlan, found: str | None) -> None:
+    """Check the fingerprint of the base's codes against the record, as `require_codes` does.
+
+    Raises:
+        Mismatch: it is another one.
+    """
+    spec = plan.spec
+    if plan.onto == "original" or spec.fingerprint is None:
+        return
     if found != spec.fingerprint:
+        found = found or "sha256:no codes at"
         raise Mismatch(
             f"{plan.weights.directory}: quantizes to other codes than training saw ({found[7:19]}…, "
             f"recorded {spec.fingerprint[7:19]}…); the quantization or its library differs"

@@ -10,7 +10,7 @@ from qlx.quant.bitnet import bitnet_entries, packed_from_bitnet
 from qlx.quant.codec import SCHEMES, PackedTensor, dequantize_tensor, quantize_tensor
 from qlx.quant.codec4bit import FOUR_BIT, NestedScales, Packed4bit, levels, torch_dtype_of
 from qlx.quant.export_linear import PackedLinear, packed_linears
-from qlx.quant.fingerprint import fingerprint_of_lines, packed_fingerprint, packed_line
+from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.hf import bnb_config
 from qlx.quant.integer_linear import IntegerLinear
 from qlx.quant.integers import (
@@ -59,7 +59,6 @@ __all__ = [
     "dequantize_tensor",
     "eligible_modules",
     "entry_names",
-    "fingerprint_of_lines",
     "guard_bitsandbytes",
     "head_modules",
     "is_packed_weight",

@@ -6,10 +6,10 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from qlx.checkpoint import bytes_digest
+from qlx.checkpoint import fingerprint_of_lines
 from qlx.quant.codec import PackedTensor
 
-__all__ = ["fingerprint_of_lines", "packed_fingerprint", "packed_line"]
+__all__ = ["packed_fingerprint", "packed_line"]
 
 
 def packed_fingerprint(tensors: Iterable[tuple[str, PackedTensor]]) -> str:
@@ -19,11 +19,6 @@ def packed_fingerprint(tensors: Iterable[tuple[str, PackedTensor]]) -> str:
     bfloat16 and the same base loaded in float32 have the same codes, scales and fingerprint.
     """
     return fingerprint_of_lines(packed_line(name, packed) for name, packed in tensors)
-
-
-def fingerprint_of_lines(lines: Iterable[str]) -> str:
-    """The fingerprint of packed weights of which `packed_line` gave these lines, in any order."""
-    return bytes_digest("".join(sorted(lines)).encode("utf-8"))
 
 
 def packed_line(name: str, packed: PackedTensor) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from qlx.checkpoint import Checkpoint, Manifest, Source, require_base, resolve_source
 from qlx.errors import InputRefused, Mismatch
 
-__all__ = ["base_of", "needs_base"]
+__all__ = ["base_of", "find_base", "needs_base"]
 
 
 def needs_base(manifest: Manifest) -> bool:
@@ -26,6 +26,18 @@ def base_of(checkpoint: Checkpoint, base: Source | str | Path | None = None) -> 
         InputRefused: a base is needed and cannot be found; the message says to pass --base.
         Mismatch: the base holds other weights than those recorded.
     """
+    source = find_base(checkpoint, base)
+    if source is not None:
+        require_base(checkpoint.manifest, source)
+    return source
+
+
+def find_base(checkpoint: Checkpoint, base: Source | str | Path | None = None) -> Source | None:
+    """`base_of` without the check that it holds the recorded weights, which reads all of them.
+
+    Raises:
+        InputRefused: a base is needed and cannot be found.
+    """
     manifest = checkpoint.manifest
     if base is None and not needs_base(manifest):
         return None
@@ -35,9 +47,7 @@ def base_of(checkpoint: Checkpoint, base: Source | str | Path | None = None) -> 
                 f"{checkpoint.path}: an adapter that records no base; make it again with save-adapter --base"
             )
         base = _recorded_base(checkpoint, manifest.base.name, manifest.base.revision)
-    source = base if isinstance(base, Source) else resolve_source(str(base))
-    require_base(manifest, source)
-    return source
+    return base if isinstance(base, Source) else resolve_source(str(base))
 
 
 def _recorded_base(checkpoint: Checkpoint, name: str, revision: str | None) -> Source:

@@ -5,10 +5,11 @@ the distances are judged by the limits of `thresholds` and recorded in the manif
 leaves no directory behind.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qlx.checkpoint import Checkpoint, Manifest, bytes_digest, seal, write_probe
+from qlx.checkpoint import Checkpoint, FileEntry, Manifest, bytes_digest, seal, write_probe
 from qlx.errors import CheckFailed
 from qlx.verification.metrics import Array, Comparison
 from qlx.verification.replay import probe_of, replay
@@ -19,13 +20,19 @@ __all__ = ["failure_text", "prove", "sealed"]
 
 
 def prove(
-    staging: Path, manifest: Manifest, *, own: Array | None = None, advice: str = ""
+    staging: Path,
+    manifest: Manifest,
+    *,
+    own: Array | None = None,
+    advice: str = "",
+    known: Mapping[str, FileEntry] | None = None,
 ) -> Checkpoint:
     """Run a staged checkpoint on its probe, record the distances, and seal it.
 
     A lossy checkpoint gets its own outputs into the probe, for a tight replay later: `own`, where
     they are known from elsewhere (then the staged files must agree with them), else what the
-    staged files give now. `advice` ends the message of a failure: what the user can do.
+    staged files give now. `advice` ends the message of a failure: what the user can do. `known`
+    holds entries of files that are hashed already.
 
     Raises:
         CheckFailed: a limit is not met; the message names each one.
@@ -45,7 +52,7 @@ def prove(
     if own is None:
         comparisons.pop("own", None)  # they would be compared with themselves
     step = manifest.lineage[-1].command
-    return sealed(staging, _with_results(manifest, step, comparisons, checks))
+    return sealed(staging, _with_results(manifest, step, comparisons, checks), known)
 
 
 def _with_results(
@@ -57,9 +64,11 @@ def _with_results(
     return manifest
 
 
-def sealed(staging: Path, manifest: Manifest) -> Checkpoint:
+def sealed(
+    staging: Path, manifest: Manifest, known: Mapping[str, FileEntry] | None = None
+) -> Checkpoint:
     """Seal a staged directory; the checkpoint as it will be opened later."""
-    written = seal(staging, manifest)
+    written = seal(staging, manifest, known)
     return Checkpoint(staging, written, bytes_digest(written.to_bytes()))
 
 

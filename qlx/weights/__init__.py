@@ -1,6 +1,7 @@
 """Safetensors bytes: strict header check, shards, and deterministic writing. No meaning, only bytes."""
 
 from qlx.weights.arrays import (
+    lay_out,
     read_arrays,
     read_tensor,
     read_tensors,
@@ -21,6 +22,7 @@ __all__ = [
     "Header",
     "TensorInfo",
     "WeightSet",
+    "lay_out",
     "open_weights",
     "read_arrays",
     "read_header",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "lay_out",
     "read_arrays",
     "read_tensor",
     "read_tensors",
@@ -190,6 +191,24 @@ def write_raw(
                     f"{path}: tensor {name!r} gave {written} bytes, not {_nbytes(dtype, shape)}"
                 )
         assert file.tell() == 8 + len(header) + total
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """How `write_raw` arranges tensors given as (dtype name, shape).
+
+    Returns:
+        The bytes before the data, and every tensor's place in the file.
+    """
+    header, _ = _layout({name: (*entry, None) for name, entry in tensors.items()}, metadata)
+    position, places = 8 + len(header), {}
+    for name in _order({name: (*entry, None) for name, entry in tensors.items()}):
+        dtype, shape = tensors[name]
+        end = position + _nbytes(dtype, shape)
+        places[name] = TensorInfo(name, dtype, shape, position, end)
+        position = end
+    return len(header).to_bytes(8, "little") + header, places
 
 
 def _order(entries: Mapping[str, tuple[str, tuple[int, ...], Any]]) -> list[str]:

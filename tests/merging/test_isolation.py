@@ -14,10 +14,10 @@ from tests.isolation import DISTANCE, run_without
 STREAM = """
 from pathlib import Path
 from qlx.checkpoint import open_checkpoint, resolve_source
-from qlx.merging import plan_of, write_merged
+from qlx.merging import plan_of, write_merge
 adapter, base, target = open_checkpoint(Path(argv[0])), resolve_source(argv[1]), Path(argv[2])
 target.mkdir()
-roundings = write_merged(plan_of(adapter, base, None, None, True), target)
+roundings = write_merge(plan_of(adapter, base, None, None, True), target).roundings
 result = [item.name for item in roundings]
 """
 

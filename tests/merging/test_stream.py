@@ -1,4 +1,4 @@
-"""Copying, reading and overwriting bytes: nothing outside the named tensors moves."""
+"""Reading and copying bytes of weight files."""
 
 import errno
 import os
@@ -8,8 +8,8 @@ import torch
 
 from qlx.errors import CorruptCheckpoint
 from qlx.merging import stream
-from qlx.merging.stream import bytes_of, copy_file, load_tensor, overwrite, pieces, write_shards
-from qlx.weights import open_weights, read_tensors, torch_dtype_name, write_tensors
+from qlx.merging.stream import bytes_of, copy_range, load_rows, load_tensor
+from qlx.weights import open_weights, write_tensors
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def tensors():
         "b": torch.randn(4, 4).bfloat16(),
         "c": torch.arange(7, dtype=torch.uint8),
         "d": torch.randn(2, 2, 2).half(),
+        "e": torch.tensor(3.5),
     }
 
 
@@ -31,38 +32,44 @@ def single(tmp_path, tensors):
     return directory
 
 
-def test_copy_is_the_same_bytes_with_and_without_the_kernel(tmp_path, monkeypatch):
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(3 * 2**20 + 17))
-    assert copy_file(source, tmp_path / "kernel") == source.stat().st_size
+@pytest.fixture
+def pair(tmp_path):
+    """Descriptors of 3 MiB of noise and of an empty file."""
+    (tmp_path / "source").write_bytes(os.urandom(3 * 2**20 + 17))
+    with open(tmp_path / "source", "rb") as source, open(tmp_path / "target", "w+b") as target:
+        yield source.fileno(), target.fileno()
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS])
+def test_a_range_is_copied_with_and_without_the_kernel(pair, monkeypatch, refusal):
     calls = []
+    real = stream._in_kernel
 
-    def refuse(*args):
+    def kernel(*args):
         calls.append(args)
-        raise OSError(errno.EXDEV, "another file system")
+        if refusal is not None:
+            raise OSError(refusal, "not here")
+        return real(*args)
 
-    monkeypatch.setattr(stream, "_in_kernel", refuse)
-    copy_file(source, tmp_path / "by_hand")
-    assert len(calls) == 1
-    assert source.read_bytes() == (tmp_path / "kernel").read_bytes()
-    assert source.read_bytes() == (tmp_path / "by_hand").read_bytes()
+    monkeypatch.setattr(stream, "_in_kernel", kernel)
+    copy_range(*pair, 5, 100, 3 * 2**20)
+    assert calls
+    assert os.pread(pair[1], 3 * 2**20, 100) == os.pread(pair[0], 3 * 2**20, 5)
+    assert os.fstat(pair[1]).st_size == 100 + 3 * 2**20
 
 
-def test_other_errors_of_the_kernel_are_not_hidden(tmp_path, monkeypatch):
-    (tmp_path / "source").write_bytes(b"1234")
-
+def test_other_errors_of_the_kernel_are_not_hidden(pair, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(stream, "_in_kernel", full)
     with pytest.raises(OSError, match="disk full"):
-        copy_file(tmp_path / "source", tmp_path / "target")
+        copy_range(*pair, 0, 0, 10)
 
 
-def test_an_empty_file_is_copied(tmp_path):
-    (tmp_path / "source").touch()
-    assert copy_file(tmp_path / "source", tmp_path / "target") == 0
-    assert (tmp_path / "target").read_bytes() == b""
+def test_a_source_that_shrank_is_found(pair):
+    with pytest.raises(CorruptCheckpoint, match="became shorter"):
+        copy_range(*pair, 3 * 2**20, 0, 18)
 
 
 def test_load_gives_every_tensor_as_it_was(single, tensors):
@@ -72,61 +79,23 @@ def test_load_gives_every_tensor_as_it_was(single, tensors):
         assert load_tensor(weights, name).dtype == tensor.dtype
 
 
+def test_rows_are_those_of_the_tensor(single, tensors):
+    weights = open_weights(single)
+    for name in "abcd":
+        assert torch.equal(load_rows(weights, name, slice(1, 2)), tensors[name][1:2])
+    assert torch.equal(load_rows(weights, "e", slice(0, 1)), tensors["e"].reshape(1))
+
+
 def test_load_names_a_file_that_shrank(single):
     weights = open_weights(single)
     path = single / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(CorruptCheckpoint, match="ended inside"):
-        for name in weights:
-            load_tensor(weights, name)
-
-
-def test_overwrite_changes_one_tensor_and_no_other_byte(single, tensors):
-    weights = open_weights(single)
-    path = single / "model.safetensors"
-    before = path.read_bytes()
-    overwrite(path, [(weights["b"], -tensors["b"])])
-    after, info = path.read_bytes(), weights["b"]
-    assert after[: info.begin] == before[: info.begin]
-    assert after[info.end :] == before[info.end :]
-    assert torch.equal(read_tensors(path)["b"], -tensors["b"])
-
-
-def test_overwrite_refuses_another_size(single, tensors):
-    weights = open_weights(single)
-    with pytest.raises(CorruptCheckpoint, match="'b' needs 32 bytes, got 64"):
-        overwrite(single / "model.safetensors", [(weights["b"], tensors["b"].float())])
+    for load in (load_tensor, lambda weights, name: load_rows(weights, name, slice(0, 7))):
+        with pytest.raises(CorruptCheckpoint, match="ended inside tensor 'c'"):
+            load(weights, "c")
 
 
 def test_bytes_share_the_tensors_memory(tensors):
     view = bytes_of(tensors["c"])
     tensors["c"][0] = 99
     assert view[0] == 99
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_shards_are_written_anew_with_new_tensors_in_the_last(tmp_path, tensors, sharded):
-    source = tmp_path / "source"
-    source.mkdir()
-    if sharded:
-        write_tensors(source / "one.safetensors", {name: tensors[name] for name in "ab"})
-        write_tensors(source / "two.safetensors", {name: tensors[name] for name in "cd"})
-        index = {"weight_map": {"a": "one", "b": "one", "c": "two", "d": "two"}}
-        index["weight_map"] = {k: f"{v}.safetensors" for k, v in index["weight_map"].items()}
-        (source / "model.safetensors.index.json").write_text(__import__("json").dumps(index))
-    else:
-        write_tensors(source / "model.safetensors", tensors)
-    wanted = {**tensors, "a": tensors["a"].half(), "new": torch.ones(3)}
-    entries = {
-        name: (torch_dtype_name(value.dtype), tuple(value.shape), pieces(lambda value=value: value))
-        for name, value in wanted.items()
-    }
-    target = tmp_path / "target"
-    target.mkdir()
-    write_shards(target, open_weights(source), entries)
-    result = read_tensors(target)
-    assert {name: value.dtype for name, value in result.items()} == {
-        name: value.dtype for name, value in wanted.items()
-    }
-    assert all(torch.equal(result[name], value) for name, value in wanted.items())
-    assert len(open_weights(target).files) == (2 if sharded else 1)

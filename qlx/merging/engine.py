@@ -1,0 +1,377 @@
+"""Writing a merge: every byte of the base is read once, hashed, and copied or replaced, on all cores.
+
+Each tensor is one piece of work. Its bytes are hashed for the base's fingerprint; where they stay as
+they are the kernel copies them in the same pass, otherwise the merged blocks are written in their
+place. Behind the workers a reader per file hashes what was written, in order, for the manifest. So
+the right base, the right codes and the digests are known when the last byte is written, at the price
+of one pass; whoever calls checks them before the directory appears.
+
+Reads and writes go through file descriptors, not memory maps: a disk that fills up or a file that
+shrinks is then an error instead of a signal.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from qlx.checkpoint import FileEntry, canonical_json, fingerprint_line, fingerprint_of_lines
+from qlx.errors import NoRoom
+from qlx.merging.blocks import merged_blocks, tally_of
+from qlx.merging.change import Change
+from qlx.merging.coded import CodedWeights
+from qlx.merging.plan import MergePlan
+from qlx.merging.stream import bytes_of, copy_range, read_into, write_at
+from qlx.merging.values import Rounding, codes_as_trained
+from qlx.quant import PackedTensor, packed_line
+from qlx.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, lay_out
+
+__all__ = ["CHUNK", "Written", "cores", "target_files", "write_merge"]
+
+CHUNK = 2**20
+"""Bytes that are hashed and copied at a time; they stay in the processor's cache in between."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge found out while it wrote.
+
+    `fingerprint` is the base's, `codes` that of the tensors which went through training's codec
+    (None where none did), `files` the entries of the weight files for the manifest.
+    """
+
+    roundings: tuple[Rounding, ...]
+    fingerprint: str
+    codes: str | None
+    files: Mapping[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class TargetFile:
+    """A weight file to write: the bytes before its data, and the place of every tensor in it."""
+
+    name: str
+    header: bytes
+    places: Mapping[str, TensorInfo]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return max((info.end for info in self.places.values()), default=len(self.header))
+
+
+def cores() -> int:
+    """The processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def target_files(plan: MergePlan) -> list[TargetFile]:
+    """The weight files of the merged model: cut as the base's, new tensors in the last one."""
+    weights = plan.weights
+    if plan.in_place:
+        return [_same_layout(path, weights.headers[path].tensors) for path in weights.files]
+    shapes = {
+        name: (plan.dtype_of(name), _shape(plan, name))
+        for name in sorted({*weights, *plan.changes})
+    }
+    last = weights.files[-1]
+    files = []
+    for path in weights.files:
+        here = {n: entry for n, entry in shapes.items() if weights.places.get(n, last) == path}
+        files.append(TargetFile(path.name, *lay_out(here, {"format": "pt"})))
+    return files
+
+
+def _same_layout(path: Path, tensors: Mapping[str, TensorInfo]) -> TargetFile:
+    start = min((info.begin for info in tensors.values()), default=path.stat().st_size)
+    with open(path, "rb") as file:
+        return TargetFile(path.name, file.read(start), tensors)
+
+
+def _shape(plan: MergePlan, name: str) -> tuple[int, ...]:
+    change = plan.changes.get(name)
+    return plan.weights[name].shape if change is None else change.shape
+
+
+def write_merge(plan: MergePlan, directory: Path, *, workers: int | None = None) -> Written:
+    """Write the merged weight files into `directory`, on `workers` threads (default: all cores).
+
+    The bytes written do not depend on the number of threads.
+
+    Raises:
+        NoRoom: the disk has less free space than the files need.
+        CorruptCheckpoint: a file of the base ended early.
+    """
+    files = target_files(plan)
+    _require_space(directory, sum(file.size for file in files))
+    count = workers or cores()
+    with ExitStack() as stack:
+        stack.enter_context(_one_torch_thread())
+        job = _Job(plan, [stack.enter_context(_Target(directory, file)) for file in files])
+        pool = stack.enter_context(_pool(count, job))
+        digests = [pool.behind.submit(target.digest) for target in job.targets]
+        for future in [pool.front.submit(job.run, item) for item in job.items()]:
+            future.result()
+        entries = {
+            t.file.name: future.result() for t, future in zip(job.targets, digests, strict=True)
+        }
+    _write_index(plan, directory, files)
+    return job.written(entries)
+
+
+@dataclass(frozen=True)
+class _Pools:
+    front: ThreadPoolExecutor
+    behind: ThreadPoolExecutor
+
+
+@contextmanager
+def _pool(count: int, job: "_Job") -> Iterator[_Pools]:
+    """Threads that write and threads that hash behind them; on an error both stop at once."""
+    with ThreadPoolExecutor(count) as behind, ThreadPoolExecutor(count) as front:
+        try:
+            yield _Pools(front, behind)
+        except BaseException:
+            job.stop()
+            front.shutdown(wait=False, cancel_futures=True)
+            behind.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch compute on the thread that asks: the cores are busy with other tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _require_space(directory: Path, size: int) -> None:
+    found = os.statvfs(directory)
+    free = found.f_bavail * found.f_frsize
+    if free < size:
+        raise NoRoom(
+            f"{directory.parent}: the merged weights need {size} bytes, {free} are free; nothing was written"
+        )
+
+
+def _write_index(plan: MergePlan, directory: Path, files: list[TargetFile]) -> None:
+    """The shard index: the base's own bytes where nothing moved, a new one otherwise."""
+    old = plan.weights.directory / INDEX_FILE
+    if plan.in_place and old.is_file():
+        (directory / INDEX_FILE).write_bytes(old.read_bytes())
+    elif [file.name for file in files] != [SINGLE_FILE]:
+        place = {name: file.name for file in files for name in file.places}
+        total = sum(info.nbytes for file in files for info in file.places.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
+        (directory / INDEX_FILE).write_bytes(canonical_json(index))
+
+
+class _Stopped(Exception):
+    """Another thread failed; the work is given up."""
+
+
+class _Target:
+    """A file being written: parts in any order, hashed behind in the order of its bytes."""
+
+    def __init__(self, directory: Path, file: TargetFile) -> None:
+        self.file = file
+        self.path = directory / file.name
+        self._ready = threading.Condition()
+        self._done: set[str] = set()
+        self._stopped = False
+
+    def __enter__(self) -> "_Target":
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        os.truncate(self.descriptor, self.file.size)
+        write_at(self.descriptor, memoryview(self.file.header), 0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
+
+    def finish(self, name: str) -> None:
+        with self._ready:
+            self._done.add(name)
+            self._ready.notify_all()
+
+    def stop(self) -> None:
+        with self._ready:
+            self._stopped = True
+            self._ready.notify_all()
+
+    def _wait_for(self, name: str) -> None:
+        with self._ready:
+            self._ready.wait_for(lambda: self._stopped or name in self._done)
+            if self._stopped:
+                raise _Stopped
+
+    def digest(self) -> FileEntry:
+        """Read the file back behind its writers."""
+        sha256 = hashlib.sha256(self.file.header)
+        buffer = memoryview(bytearray(CHUNK))
+        for info in sorted(self.file.places.values(), key=lambda info: info.begin):
+            self._wait_for(info.name)
+            _hash(self.descriptor, (info.begin, info.end), sha256.update, buffer, str(self.path))
+        return FileEntry(size=self.file.size, sha256=sha256.hexdigest())
+
+
+def _hash(
+    source: int,
+    span: Span,
+    update: Callable[[memoryview], None],
+    buffer: memoryview,
+    what: str,
+    each: Callable[[int, int], None] | None = None,
+) -> None:
+    """Hash the bytes of a span piece by piece; `each` gets offset and size of a hashed piece."""
+    at, end = span
+    while at < end:
+        size = min(end, (at // CHUNK + 1) * CHUNK) - at
+        read_into(source, buffer[:size], at, f"{what}: became shorter while it was read")
+        update(buffer[:size])
+        if each is not None:
+            each(at, size)
+        at += size
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One tensor: where the base has it (None: nowhere), and what is written where (None: nothing)."""
+
+    name: str
+    source: tuple[Path, TensorInfo] | None
+    target: tuple[_Target, TensorInfo] | None
+    change: Change | None
+
+
+@dataclass
+class _Job:
+    """The state that all threads share."""
+
+    plan: MergePlan
+    targets: list[_Target]
+    lines: dict[str, str] = field(default_factory=dict)
+    codes: dict[str, str] = field(default_factory=dict)
+    roundings: dict[str, Rounding] = field(default_factory=dict)
+    stopped: bool = False
+    _local: threading.local = field(default_factory=threading.local)
+
+    def stop(self) -> None:
+        self.stopped = True
+        for target in self.targets:
+            target.stop()
+
+    def items(self) -> Iterator[_Item]:
+        """All tensors of the base and of the result, file by file in the order of their bytes."""
+        rest = {
+            name: (path, info)
+            for path, header in self.plan.weights.headers.items()
+            for name, info in header.tensors.items()
+        }
+        for target in self.targets:
+            for info in sorted(target.file.places.values(), key=lambda info: info.begin):
+                source = rest.pop(info.name, None)
+                change = self._change(info, source)
+                yield _Item(info.name, source, (target, info), change)
+        for name, source in rest.items():
+            yield _Item(name, source, None, None)
+
+    def _change(self, info: TensorInfo, source: tuple[Path, TensorInfo] | None) -> Change | None:
+        """What happens to a tensor; None if its bytes are copied."""
+        found = self.plan.changes.get(info.name)
+        same = source is not None and source[1].dtype == info.dtype and not self._coded(info.name)
+        return found if found is not None or same else Change(info.name, info.dtype, info.shape)
+
+    @cached_property
+    def coded(self) -> frozenset[str]:
+        """The tensors whose codes must be those of training."""
+        plan = self.plan
+        checked = plan.onto == "as-trained" and plan.spec.fingerprint is not None
+        return frozenset(plan.spec.tensors if checked else ())
+
+    def _coded(self, name: str) -> bool:
+        weights = self.plan.weights
+        return isinstance(weights, CodedWeights) and name in weights.coded
+
+    def run(self, item: _Item) -> None:
+        """Hash the base's bytes and write the result's."""
+        if item.source is not None:
+            self._read(item, *item.source)
+        if item.change is not None and item.target is not None:
+            self._replace(item.change, *item.target)
+        if item.name in self.coded - self.codes.keys():
+            spec = self.plan.spec
+            self._note_codes(item.name, codes_as_trained(self.plan.weights, spec, item.name))
+        if item.target is not None:
+            item.target[0].finish(item.name)
+
+    def _read(self, item: _Item, path: Path, info: TensorInfo) -> None:
+        """Hash a tensor of the base, and copy it where it stays as it is."""
+        sha256 = hashlib.sha256()
+        with open(path, "rb", buffering=0) as file:
+            copy = None if item.change is not None or item.target is None else item.target
+
+            def each(at: int, size: int) -> None:
+                self._go_on()
+                if copy is not None:
+                    target, place = copy
+                    copy_range(
+                        file.fileno(), target.descriptor, at, place.begin + at - info.begin, size
+                    )
+
+            _hash(
+                file.fileno(),
+                (info.begin, info.end),
+                sha256.update,
+                self._buffer(),
+                str(path),
+                each,
+            )
+        self.lines[item.name] = fingerprint_line(
+            info.name, info.dtype, info.shape, sha256.hexdigest()
+        )
+
+    def _replace(self, change: Change, target: _Target, place: TensorInfo) -> None:
+        tally, at = tally_of(change), place.begin
+        for block in merged_blocks(self.plan, change, tally, self._note_codes):
+            self._go_on()
+            at += write_at(target.descriptor, bytes_of(block.contiguous()), at)
+        assert at == place.end, f"{change.name}: {at - place.begin} bytes for {place.nbytes}"
+        rounding = None if tally is None else tally.rounding()
+        if rounding is not None:
+            self.roundings[change.name] = rounding
+
+    def _note_codes(self, name: str, packed: PackedTensor) -> None:
+        self.codes[name] = packed_line(name, packed)
+
+    def _buffer(self) -> memoryview:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(bytearray(CHUNK))
+        buffer: memoryview = self._local.buffer
+        return buffer
+
+    def _go_on(self) -> None:
+        if self.stopped:
+            raise _Stopped
+
+    def written(self, files: Mapping[str, FileEntry]) -> Written:
+        """The result, in an order that does not depend on the threads."""
+        return Written(
+            roundings=tuple(self.roundings[name] for name in sorted(self.roundings)),
+            fingerprint=fingerprint_of_lines(self.lines.values()),
+            codes=fingerprint_of_lines(self.codes.values()) if self.codes else None,
+            files=files,
+        )

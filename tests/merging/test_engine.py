@@ -1,0 +1,169 @@
+"""The writing of a merge: what moves, what is hashed, what happens when something goes wrong."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlx.checkpoint import fingerprint_directory, resolve_source
+from qlx.errors import CorruptCheckpoint, NoRoom
+from qlx.merging import engine, merged_value, plan_of, stream, write_merge
+from qlx.weights import open_weights, read_header, read_tensors, write_tensors
+from tests.adapter_support import NF4, Case, make_adapter, make_base
+
+
+def shard(directory):
+    """Cut the one weight file of a model into three, names in turn."""
+    tensors = read_tensors(directory / "model.safetensors")
+    place = {name: f"part-{at % 3}.safetensors" for at, name in enumerate(sorted(tensors))}
+    for file in sorted(set(place.values())):
+        write_tensors(directory / file, {n: tensors[n] for n in tensors if place[n] == file})
+    (directory / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 1}, "weight_map": place}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A bf16 base as one file and the same in shards, and an adapter trained on it in NF4."""
+    root = tmp_path_factory.mktemp("bases")
+    single = make_base(root / "single", "llama", torch.bfloat16)
+    sharded = shard(shutil.copytree(single, root / "sharded"))
+    return single, sharded, make_adapter(single, root / "adapter", Case(quant=NF4))
+
+
+def planned(base, adapter, dtype=None):
+    return plan_of(adapter, resolve_source(str(base)), None, dtype, True)
+
+
+@pytest.fixture(params=["single", "sharded"])
+def base(request, bases):
+    return bases[0] if request.param == "single" else bases[1]
+
+
+def test_only_the_changed_tensors_move_and_all_digests_are_right(tmp_path, bases, base):
+    plan = planned(base, bases[2])
+    written = write_merge(plan, tmp_path)
+    assert written.fingerprint == fingerprint_directory(base)
+    assert written.codes == plan.spec.fingerprint
+    before, after = open_weights(base), open_weights(tmp_path)
+    assert [path.name for path in after.files] == [path.name for path in before.files]
+    changed = {n for n in before if before.read_bytes(n) != after.read_bytes(n)}
+    assert changed == set(plan.changes)
+    assert [rounding.name for rounding in written.roundings] == sorted(changed)
+    for path in after.files:
+        entry, data = written.files[path.name], path.read_bytes()
+        assert (entry.size, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        source = base / path.name
+        assert read_header(path) == read_header(source)
+    indexes = [d / "model.safetensors.index.json" for d in (base, tmp_path)]
+    assert len({path.read_bytes() for path in indexes if path.exists()}) <= 1
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_the_bytes_do_not_depend_on_threads_or_blocks(tmp_path, bases, base, monkeypatch, dtype):
+    plan = planned(base, bases[2], dtype)
+    results = []
+    for workers, chunk in ((1, 2**20), (2, 4096), (5, 100)):
+        monkeypatch.setattr(engine, "CHUNK", chunk)
+        target = tmp_path / str(workers)
+        target.mkdir()
+        write_merge(plan, target, workers=workers)
+        results.append({path.name: path.read_bytes() for path in target.iterdir()})
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_tensor_by_blocks_is_the_tensor_at_once(tmp_path, bases, monkeypatch):
+    plan = planned(bases[0], bases[2], "float32")
+    for name, change in plan.changes.items():
+        whole, once = merged_value(plan, change)
+        with monkeypatch.context() as patch:
+            patch.setattr("qlx.merging.blocks.BLOCK", 640)
+            blocks, apart = merged_value(plan, change)
+        close = torch.allclose(whole, blocks, rtol=1e-6, atol=1e-7)  # BLAS sums by shape
+        assert close, name
+        assert apart.changed == once.changed
+        assert apart.energy == pytest.approx(once.energy, rel=1e-5)
+        assert apart.kept == pytest.approx(once.kept, rel=1e-5)
+
+
+def test_another_dtype_is_written_anew_with_the_same_values(tmp_path, bases, base):
+    plan = planned(base, bases[2], "float32")
+    written = write_merge(plan, tmp_path)
+    before, after = read_tensors(base), read_tensors(tmp_path)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    untouched = before.keys() - plan.changes.keys()
+    assert untouched
+    assert all(torch.equal(after[name], before[name].float()) for name in untouched)
+    for path in open_weights(tmp_path).files:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert written.files[path.name].sha256 == digest
+
+
+def test_untouched_bytes_are_copied_by_the_kernel(tmp_path, bases, monkeypatch):
+    copied = []
+    real = stream._in_kernel
+
+    def kernel(source, target, begin, to, count):
+        copied.append(moved := real(source, target, begin, to, count))
+        return moved
+
+    monkeypatch.setattr(stream, "_in_kernel", kernel)
+    plan = planned(bases[0], bases[2])
+    write_merge(plan, tmp_path)
+    untouched = sum(info.nbytes for name, info in plan.weights.items() if name not in plan.changes)
+    assert sum(copied) == untouched > 0
+
+
+def test_a_base_that_shrinks_meanwhile_stops_the_merge(tmp_path, bases):
+    base = shutil.copytree(bases[0], tmp_path / "base")
+    plan = planned(base, bases[2])
+    file = base / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    (tmp_path / "target").mkdir()
+    with pytest.raises(CorruptCheckpoint, match=r"became shorter|ended inside"):
+        write_merge(plan, tmp_path / "target")
+
+
+def test_a_defect_in_one_tensor_ends_all_threads(tmp_path, bases, monkeypatch):
+    plan = planned(bases[1], bases[2])
+    victim = sorted(plan.changes)[-1]
+    real = engine.merged_blocks
+
+    def broken(plan, change, *others):
+        if change.name == victim:
+            raise RuntimeError("broken")
+        return real(plan, change, *others)
+
+    monkeypatch.setattr(engine, "merged_blocks", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        write_merge(plan, tmp_path, workers=2)
+
+
+def test_a_full_disk_is_found_before_a_byte_is_written(tmp_path, bases, monkeypatch):
+    real = os.statvfs
+
+    class Full:
+        f_bavail, f_frsize = 3, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Full())
+    with pytest.raises(NoRoom, match="12288 are free"):
+        write_merge(planned(bases[0], bases[2]), tmp_path)
+    monkeypatch.setattr(os, "statvfs", real)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_codes_and_another_base_have_other_fingerprints(tmp_path, bases):
+    plan = planned(bases[0], bases[2])
+    spec = plan.spec.model_copy(update={"scheme": "fp4"})
+    (tmp_path / "fp4").mkdir()
+    assert write_merge(replace(plan, spec=spec), tmp_path / "fp4").codes != plan.spec.fingerprint
+    other = make_base(tmp_path / "other", "llama", torch.bfloat16, seed=9)
+    (tmp_path / "moved").mkdir()
+    moved = replace(plan, weights=open_weights(other))
+    assert write_merge(moved, tmp_path / "moved").fingerprint != fingerprint_directory(bases[0])
