@@ -145,18 +145,25 @@ def _adapter(spec: Mapping[str, Any]) -> str:
 
 
 def report_data(report: "Report") -> dict[str, Any]:
-    """A verification's JSON, as the verification package renders it."""
-    from qlx.verification import rows, to_json
+    """A verification's JSON, as the verification package renders it, and its tables as text."""
+    from qlx.verification import rows, tables, to_json
 
     data: dict[str, Any] = json.loads(to_json(report))
     data["rows"] = [list(row) for row in rows(report)]
+    data["tables"] = [[list(row) for row in table] for table in tables(report)]
     return data
 
 
 def print_report(console: "Console", data: Mapping[str, Any]) -> None:
-    """Every check with its limit, the notes, and the verdict."""
-    console.print(f"{data['subject']} ({data['kind']}, {data['task']}) against {data['against']}")
+    """Every check with its limit, what was measured, the notes, and the verdict."""
+    on = f", on {data['inputs']}" if data["inputs"] else ""
+    what = f"{data['subject']} ({data['kind']}, {data['task']})"
+    console.print(f"{what} against {data['against']}{on}")
     console.print(_table(("check", "measured", "limit", "result"), data["rows"]))
+    for header, *body in data["tables"]:
+        console.print()
+        console.print(_table(header, body))
+    console.print()
     for note in data["notes"]:
         console.print(note)
     console.print("verified" if data["passed"] else "NOT verified", style="bold")

@@ -3,12 +3,15 @@
 Needs numpy; torch or onnxruntime only when a checkpoint is actually run.
 """
 
-from qlx.verification.base import base_of, needs_base
+from qlx.verification.base import base_of, find_base, needs_base
+from qlx.verification.drift import Drift, LayerDrift, WeightDrift
 from qlx.verification.evaluate import EvalResult, evaluate, recorded_data
-from qlx.verification.metrics import Comparison, compare
+from qlx.verification.judge import judge, noise_floor, probe_result, verify_outputs
+from qlx.verification.metrics import Comparison, Tally, compare
+from qlx.verification.picture import check_picture, draw
 from qlx.verification.prove import prove, sealed
 from qlx.verification.replay import Predictor, predictor_of, probe_of, replay
-from qlx.verification.report import Report, rows, to_json, to_junit, to_markdown
+from qlx.verification.report import Report, rows, tables, to_json, to_junit, to_markdown
 from qlx.verification.thresholds import (
     DEFAULT_MIN_RETENTION,
     Check,
@@ -21,21 +24,28 @@ from qlx.verification.thresholds import (
     reference_thresholds,
     tightened,
 )
-from qlx.verification.verify import judge, noise_floor, probe_result, verify, verify_outputs
+from qlx.verification.verify import verify
 
 __all__ = [
     "DEFAULT_MIN_RETENTION",
     "Check",
     "Comparison",
+    "Drift",
     "EvalResult",
+    "LayerDrift",
     "Predictor",
     "Report",
+    "Tally",
     "Thresholds",
+    "WeightDrift",
     "against_thresholds",
     "base_of",
     "check_comparison",
+    "check_picture",
     "compare",
+    "draw",
     "evaluate",
+    "find_base",
     "judge",
     "later_steps",
     "lossy_steps",
@@ -51,6 +61,7 @@ __all__ = [
     "replay",
     "rows",
     "sealed",
+    "tables",
     "tightened",
     "to_json",
     "to_junit",

@@ -1,17 +1,18 @@
 """`eval`: the task's own score of a checkpoint of any kind, on the data that its recipe held out."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlx.checkpoint import Checkpoint, Manifest, Source, Step, open_checkpoint
 from qlx.errors import CheckFailed, InputRefused
-from qlx.inputs import Score, eval_batches
+from qlx.inputs import Batch, Score, eval_batches
 from qlx.recipe import DataSection, load_recipe
 from qlx.verification.base import base_of
 from qlx.verification.replay import predictor_of
 
-__all__ = ["EvalResult", "evaluate", "recorded_data"]
+__all__ = ["EvalResult", "data_of", "evaluate", "examples", "recorded_data"]
 
 _BATCH = 32
 
@@ -50,22 +51,28 @@ def evaluate(
     """
     checkpoint = open_checkpoint(Path(path))
     source = base_of(checkpoint, base)
-    train = _training_step(checkpoint.manifest)
-    chosen = _chosen(data, checkpoint)
-    completion_only = train is None or train.options.get("completion_only") is not False
+    chosen = recorded_data(checkpoint) if data is None else data_of(data)
     predictor = predictor_of(checkpoint, source)
     score = Score(checkpoint.manifest.task)
-    for batch in eval_batches(
-        chosen, checkpoint.path, size=batch_size, completion_only=completion_only
-    ):
+    for batch in examples(checkpoint, chosen, batch_size):
         score.add(predictor.predict(batch.inputs), batch.labels)
     return _result(checkpoint, chosen, score)
 
 
-def _chosen(data: DataSection | Path | None, checkpoint: Checkpoint) -> DataSection:
-    if isinstance(data, Path):
-        return load_recipe(data).data
-    return recorded_data(checkpoint) if data is None else data
+def data_of(data: DataSection | Path) -> DataSection:
+    """A data section as it is, or that of a recipe file."""
+    return load_recipe(data).data if isinstance(data, Path) else data
+
+
+def examples(checkpoint: Checkpoint, data: DataSection, size: int) -> Iterator[Batch]:
+    """What `data` holds out, prepared as in the checkpoint's training, `size` at a time.
+
+    Raises:
+        InputRefused: the data or the checkpoint's preprocessing files are missing.
+    """
+    train = _training_step(checkpoint.manifest)
+    completion_only = train is None or train.options.get("completion_only") is not False
+    return eval_batches(data, checkpoint.path, size=size, completion_only=completion_only)
 
 
 def _result(checkpoint: Checkpoint, data: DataSection, score: Score) -> EvalResult:

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from qlx.errors import CheckFailed, Mismatch
 
-__all__ = ["Array", "Comparison", "compare", "divergence", "log_softmax", "margins", "rows_of"]
+__all__ = [
+    "Array",
+    "Comparison",
+    "Tally",
+    "compare",
+    "divergence",
+    "log_softmax",
+    "margins",
+    "rows_of",
+]
 
 Array = NDArray[Any]
 
@@ -73,8 +82,81 @@ def compare(
         Mismatch: shapes differ, the mask selects nothing, or the reference itself is not finite.
         CheckFailed: the candidate holds NaN or infinity.
     """
-    expected = rows_of(reference, mask, "the reference")
-    given = rows_of(candidate, mask, "the candidate", like=reference)
+    tally = Tally(tolerance)
+    tally.add(reference, candidate, mask, base)
+    return tally.comparison()
+
+
+class Tally:
+    """Adds up a comparison over batches, of which it keeps three numbers a position.
+
+    Args:
+        tolerance: see `compare`.
+    """
+
+    def __init__(self, tolerance: float = 0.0) -> None:
+        self.tolerance = tolerance
+        self._sums = {"max_abs": 0.0, "largest": 0.0, "error": 0.0, "norm": 0.0}
+        self._kl: list[Array] = []
+        self._same: list[Array] = []
+        self._margins: list[Array] = []
+        self._effect: float | None = 0.0
+
+    def add(
+        self,
+        reference: Array,
+        candidate: Array,
+        mask: Array | None = None,
+        base: Array | None = None,
+    ) -> None:
+        """Count one batch; the arguments and errors are those of `compare`."""
+        expected = rows_of(reference, mask, "the reference")
+        given = rows_of(candidate, mask, "the candidate", like=reference)
+        _require_finite(expected, given)
+        self._distances(expected, given)
+        self._kl.append(divergence(expected, given))
+        self._same.append(expected.argmax(axis=1) == given.argmax(axis=1))
+        self._margins.append(margins(expected))
+        if base is None:
+            self._effect = None
+        elif self._effect is not None:
+            off = rows_of(base, mask, "the base", like=reference)
+            self._effect += float(divergence(expected, off).sum())
+
+    def _distances(self, expected: Array, given: Array) -> None:
+        sums = self._sums
+        for block in _blocks(expected):
+            wanted = expected[block].astype(np.float64)
+            off = given[block].astype(np.float64) - wanted
+            sums["max_abs"] = max(sums["max_abs"], float(np.abs(off).max()))
+            sums["largest"] = max(sums["largest"], float(np.abs(wanted).max()))
+            sums["error"] += float((off * off).sum())
+            sums["norm"] += float((wanted * wanted).sum())
+
+    def comparison(self) -> Comparison:
+        """The distances over everything that was added.
+
+        Raises:
+            Mismatch: nothing was added.
+        """
+        if not self._kl:
+            raise Mismatch("there are no outputs to compare")
+        kl, same = np.concatenate(self._kl), np.concatenate(self._same)
+        decided = np.concatenate(self._margins) > 2 * self.tolerance * self._sums["largest"]
+        return Comparison(
+            max_abs=self._sums["max_abs"],
+            relative=_ratio(self._sums["error"], self._sums["norm"]),
+            kl_mean=float(kl.mean()),
+            kl_p99=float(np.quantile(kl, 0.99)),
+            top1=float(same.mean()),
+            top1_decided=float(same[decided].mean()) if decided.any() else 1.0,
+            retention=1.0 - float(kl.sum()) / self._effect if self._effect else None,
+            positions=len(kl),
+            decided=int(decided.sum()),
+        )
+
+
+def _require_finite(expected: Array, given: Array) -> None:
     if not np.isfinite(expected).all():
         raise Mismatch(
             "the reference outputs are not finite; the probe is unusable, make a new one"
@@ -84,21 +166,13 @@ def compare(
         raise CheckFailed(
             f"the outputs are not finite (NaN or infinity) at {broken} of {len(given)} positions"
         )
-    kl = divergence(expected, given)
-    same = expected.argmax(axis=1) == given.argmax(axis=1)
-    decided = margins(expected) > 2 * tolerance * float(np.abs(expected).max())
-    return Comparison(
-        **_distances(expected, given),
-        kl_mean=float(kl.mean()),
-        kl_p99=float(np.quantile(kl, 0.99)),
-        top1=float(same.mean()),
-        top1_decided=float(same[decided].mean()) if decided.any() else 1.0,
-        retention=None
-        if base is None
-        else _retention(expected, kl, rows_of(base, mask, "the base", like=reference)),
-        positions=len(expected),
-        decided=int(decided.sum()),
-    )
+
+
+def _ratio(error: float, norm: float) -> float:
+    """√(error / norm); of nothing, 0 where there is no error and the largest float where there is."""
+    if norm:
+        return float(np.sqrt(error / norm))
+    return float(np.finfo(np.float64).max) if error else 0.0
 
 
 def rows_of(logits: Array, mask: Array | None, what: str, like: Array | None = None) -> Array:
@@ -126,22 +200,6 @@ def _blocks(rows: Array) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
-def _distances(expected: Array, given: Array) -> dict[str, float]:
-    largest, error, norm = 0.0, 0.0, 0.0
-    for block in _blocks(expected):
-        wanted = expected[block].astype(np.float64)
-        off = given[block].astype(np.float64) - wanted
-        largest = max(largest, float(np.abs(off).max()))
-        error += float((off * off).sum())
-        norm += float((wanted * wanted).sum())
-    relative = (
-        float(np.sqrt(error / norm))
-        if norm
-        else (0.0 if not error else float(np.finfo(np.float64).max))
-    )
-    return {"max_abs": largest, "relative": relative}
-
-
 def log_softmax(rows: Array) -> Array:
     """The logarithm of softmax over the last axis, in float64, shifted by the maximum."""
     shifted = rows.astype(np.float64)
@@ -167,8 +225,3 @@ def margins(rows: Array) -> Array:
     ]
     top = np.concatenate(parts)
     return np.asarray(top[:, 1] - top[:, 0])
-
-
-def _retention(expected: Array, kl: Array, base: Array) -> float | None:
-    effect = float(divergence(expected, base).mean())
-    return 1.0 - float(kl.mean()) / effect if effect > 0 else None

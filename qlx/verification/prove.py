@@ -11,10 +11,10 @@ from pathlib import Path
 
 from qlx.checkpoint import Checkpoint, FileEntry, Manifest, bytes_digest, seal, write_probe
 from qlx.errors import CheckFailed
+from qlx.verification.judge import probe_result, verify_outputs
 from qlx.verification.metrics import Array, Comparison
 from qlx.verification.replay import probe_of, replay
 from qlx.verification.thresholds import Check, lossy_steps
-from qlx.verification.verify import probe_result, verify_outputs
 
 __all__ = ["failure_text", "prove", "sealed"]
 

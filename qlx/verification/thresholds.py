@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from qlx.checkpoint import Manifest, Step
 from qlx.errors import UsageError
+from qlx.verification.drift import Drift
 from qlx.verification.metrics import Comparison
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "against_thresholds",
     "check_comparison",
     "later_steps",
+    "layer_checks",
     "lossy_steps",
     "own_thresholds",
     "reference_thresholds",
@@ -54,8 +56,9 @@ class Check:
 class Thresholds:
     """Limits of one comparison; None is no limit. `reason` says where they come from.
 
-    `relative`, `max_abs`, `kl_mean` and `kl_p99` are upper limits; `top1`, `top1_decided` and
-    `retention` lower ones.
+    `relative`, `max_abs`, `kl_mean`, `kl_p99`, `score_drop` (of accuracy, or accuracy per token),
+    `loss_rise` (nats) and `layer_drift` (of any layer by itself, see `LayerDrift.own`) are upper
+    limits; `top1`, `top1_decided` and `retention` lower ones.
     """
 
     reason: str
@@ -66,6 +69,9 @@ class Thresholds:
     top1: float | None = None
     top1_decided: float | None = None
     retention: float | None = None
+    score_drop: float | None = None
+    loss_rise: float | None = None
+    layer_drift: float | None = None
 
     def limits(self) -> dict[str, float]:
         """The limits that are set, by metric name."""
@@ -74,8 +80,15 @@ class Thresholds:
 
 
 _MAKES_REFERENCE = ("train", "save-adapter")
-_UPPER = ("relative", "max_abs", "kl_mean", "kl_p99")
+_LAYER_DRIFT = "layer_drift"
+_UPPER = ("relative", "max_abs", "kl_mean", "kl_p99", "score_drop", "loss_rise", _LAYER_DRIFT)
 _LOWER = ("top1", "top1_decided", "retention")
+_UNKNOWN = {
+    "retention": "the base's outputs are unknown, or the adapter has no effect on these inputs",
+    "score_drop": "the inputs have no labels",
+    "loss_rise": "the inputs have no labels",
+    _LAYER_DRIFT: "the layers are not visible",
+}
 
 
 def tightened(thresholds: Thresholds, tighten: Mapping[str, float] | None) -> Thresholds:
@@ -99,21 +112,44 @@ def tightened(thresholds: Thresholds, tighten: Mapping[str, float] | None) -> Th
     return thresholds
 
 
-def check_comparison(name: str, comparison: Comparison, thresholds: Thresholds) -> list[Check]:
-    """One check for every limit that is set; a metric that could not be measured fails its limit."""
-    measured = comparison.metrics()
-    checks = []
-    for metric, limit in thresholds.limits().items():
-        value = measured.get(metric)
-        within = value is not None and (value <= limit if metric in _UPPER else value >= limit)
-        detail = (
-            thresholds.reason
-            if value is not None
-            else "could not be measured: the base's outputs are unknown"
-        )
-        relation = "≤" if metric in _UPPER else "≥"
-        checks.append(Check(f"{name}: {metric}", within, detail, value, limit, relation))
-    return checks
+def check_comparison(
+    name: str,
+    comparison: Comparison,
+    thresholds: Thresholds,
+    changes: Mapping[str, float] | None = None,
+) -> list[Check]:
+    """One check for every limit of outputs that is set; `changes` are those of the task's metrics.
+
+    A metric that could not be measured fails its limit.
+    """
+    measured = {**comparison.metrics(), **(changes or {})}
+    limits = {k: v for k, v in thresholds.limits().items() if k != _LAYER_DRIFT}
+    return [
+        _check(name, metric, measured.get(metric), limit, thresholds)
+        for metric, limit in limits.items()
+    ]
+
+
+def layer_checks(drift: Drift, thresholds: Thresholds) -> list[Check]:
+    """One check for every layer, if a limit for layers is set; a failed one if none is visible."""
+    limit = thresholds.layer_drift
+    if limit is None:
+        return []
+    if not drift.layers:
+        return [_check("layers", _LAYER_DRIFT, None, limit, thresholds)]
+    return [
+        _check(layer.name, _LAYER_DRIFT, layer.own, limit, thresholds) for layer in drift.layers
+    ]
+
+
+def _check(
+    name: str, metric: str, value: float | None, limit: float, thresholds: Thresholds
+) -> Check:
+    within = value is not None and (value <= limit if metric in _UPPER else value >= limit)
+    unknown = f"could not be measured: {_UNKNOWN.get(metric, 'unknown')}"
+    detail = thresholds.reason if value is not None else unknown
+    relation = "≤" if metric in _UPPER else "≥"
+    return Check(f"{name}: {metric}", within, detail, value, limit, relation)
 
 
 def later_steps(manifest: Manifest) -> tuple[Step, ...]:

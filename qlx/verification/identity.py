@@ -1,0 +1,43 @@
+"""What can be said of a checkpoint before it runs: its bytes, its base, its history."""
+
+from pathlib import Path
+
+from qlx.checkpoint import Checkpoint, Manifest, Source
+from qlx.verification.base import base_of, needs_base
+from qlx.verification.thresholds import Check
+
+__all__ = ["identity_checks", "quantization_checks"]
+
+
+def identity_checks(
+    checkpoint: Checkpoint, base: Source | str | Path | None
+) -> tuple[list[Check], Source | None]:
+    """Checks of an opened checkpoint's files, base and recorded replays, and the base it runs on.
+
+    Raises:
+        Mismatch: the base is another one than recorded.
+        InputRefused: a base is needed and not found.
+    """
+    manifest = checkpoint.manifest
+    checks = [Check("integrity", True, f"{len(manifest.files)} files match their digests")]
+    source = base_of(checkpoint, base)
+    if source is not None:
+        checks.append(Check("base", True, f"{source.name} holds the recorded weights"))
+    results = () if manifest.probe is None else manifest.probe.results
+    failed = [f"{result.step} against {result.against}" for result in results if not result.passed]
+    checks.append(Check("lineage", not failed, _history(manifest, failed)))
+    return checks, source
+
+
+def quantization_checks(manifest: Manifest) -> list[Check]:
+    """What running an adapter has shown: loading refuses a base that quantizes to other codes."""
+    if not needs_base(manifest) or manifest.quantization.fingerprint is None:
+        return []
+    count = len(manifest.quantization.tensors)
+    return [Check("quantization", True, f"{count} tensors of the base give the recorded codes")]
+
+
+def _history(manifest: Manifest, failed: list[str]) -> str:
+    if failed:
+        return f"recorded as failed: {', '.join(failed)}"
+    return " → ".join(step.command for step in manifest.lineage) or "no steps recorded"
