@@ -1,6 +1,15 @@
 """Torch models: known architectures, loading (plain, quantized, with adapter), tensor names, outputs, probes."""
 
-from qlx.models.architectures import CONFIG_FILE, KNOWN, Labels, auto_class, build_config, build_model, read_config, stores_transposed
+from qlx.models.architectures import (
+    CONFIG_FILE,
+    KNOWN,
+    Labels,
+    auto_class,
+    build_config,
+    build_model,
+    read_config,
+    stores_transposed,
+)
 from qlx.models.coded import logical_names, stored_codes
 from qlx.models.loading import (
     STORED_DTYPE,

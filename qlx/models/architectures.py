@@ -16,19 +16,42 @@ from qlx.recipe import ArchitectureSection
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["CONFIG_FILE", "KNOWN", "Labels", "auto_class", "build_config", "build_model", "read_config", "stores_transposed"]
+__all__ = [
+    "CONFIG_FILE",
+    "KNOWN",
+    "Labels",
+    "auto_class",
+    "build_config",
+    "build_model",
+    "read_config",
+    "stores_transposed",
+]
 
 CONFIG_FILE = "config.json"
 
 KNOWN: Mapping[Task, tuple[str, ...]] = {
     "image-classification": ("vit", "deit", "dinov2"),
-    "causal-lm": ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "mixtral", "qwen3_moe", "bitnet"),
+    "causal-lm": (
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "mixtral",
+        "qwen3_moe",
+        "bitnet",
+    ),
 }
 """Model types that are loaded, by task."""
 
 _TRANSPOSED: Mapping[str, tuple[str, ...]] = {"gpt2": ("c_attn", "q_attn", "c_proj", "c_fc")}
 _HARMLESS = frozenset(("_name_or_path", "_commit_hash", "_attn_implementation_autoset"))
-_NAMES_CODE = frozenset(("auto_map", "attn_implementation", "trust_remote_code", "custom_pipelines", "custom_generate"))
+_NAMES_CODE = frozenset(
+    ("auto_map", "attn_implementation", "trust_remote_code", "custom_pipelines", "custom_generate")
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +79,9 @@ def read_config(directory: Path, task: Task | None = None) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise InputRefused(f"{path}: missing; a model directory holds config.json and safetensors weights")
+        raise InputRefused(
+            f"{path}: missing; a model directory holds config.json and safetensors weights"
+        )
     config = load_json(path)
     if not isinstance(config, dict):
         raise CorruptCheckpoint(f"{path}: not a model configuration")
@@ -65,7 +90,9 @@ def read_config(directory: Path, task: Task | None = None) -> dict[str, Any]:
     wanted = KNOWN[task] if task else [name for names in KNOWN.values() for name in names]
     if model_type not in wanted:
         what = f"for task {task}" if task else "at all"
-        raise Unsupported(f"{path}: model_type {model_type!r} is not supported {what}; known: {', '.join(wanted)}")
+        raise Unsupported(
+            f"{path}: model_type {model_type!r} is not supported {what}; known: {', '.join(wanted)}"
+        )
     return config
 
 
@@ -77,7 +104,9 @@ def _refuse_code(value: Any, path: Path) -> None:
         return
     for key, inner in value.items():
         if key in _NAMES_CODE or (key.startswith("_") and key not in _HARMLESS):
-            raise UnsafeInput(f"{path}: field {key!r} can name code to run; qlx loads known architectures only, remove it")
+            raise UnsafeInput(
+                f"{path}: field {key!r} can name code to run; qlx loads known architectures only, remove it"
+            )
         _refuse_code(inner, path)
 
 
@@ -94,7 +123,12 @@ def auto_class(task: Task) -> Any:
     return transformers.AutoModelForImageClassification
 
 
-def build_config(section: ArchitectureSection, *, labels: Labels | None = None, special: Mapping[str, int | None] | None = None) -> Any:
+def build_config(
+    section: ArchitectureSection,
+    *,
+    labels: Labels | None = None,
+    special: Mapping[str, int | None] | None = None,
+) -> Any:
     """The transformers configuration of a model built from nothing.
 
     `labels` are a classifier's classes; `special` the ids of a language model's special tokens by

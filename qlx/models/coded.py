@@ -86,4 +86,6 @@ def load_codes(
 
 
 def _computing(spec: QuantSpec | None) -> tuple[torch.dtype | None, int | None]:
-    return (None, None) if spec is None else (torch_dtype_of(spec.compute_dtype), spec.activation_bits)
+    return (
+        (None, None) if spec is None else (torch_dtype_of(spec.compute_dtype), spec.activation_bits)
+    )

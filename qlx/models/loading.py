@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlx.checkpoint import Checkpoint, Manifest, QuantSpec, Source, Task, require_base, resolve_source
+from qlx.checkpoint import (
+    Checkpoint,
+    Manifest,
+    QuantSpec,
+    Source,
+    Task,
+    require_base,
+    resolve_source,
+)
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, require
 from qlx.models.architectures import Labels, auto_class, read_config
 from qlx.models.coded import load_codes, stored_codes, without_report
@@ -16,7 +24,16 @@ from qlx.models.names import tensor_names
 from qlx.quant import StoredQuantization
 from qlx.weights import open_weights
 
-__all__ = ["STORED_DTYPE", "computing_in", "empty_model", "load_base", "load_model", "quantized_fingerprint", "torch_float", "with_quantized_names"]
+__all__ = [
+    "STORED_DTYPE",
+    "computing_in",
+    "empty_model",
+    "load_base",
+    "load_model",
+    "quantized_fingerprint",
+    "torch_float",
+    "with_quantized_names",
+]
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPE = "stored_dtype"
@@ -65,7 +82,9 @@ def load_base(
         model, info = _from_pretrained(source_path, task, config, dtype, options)
     names = tensor_names(model, source_path) if stored is not None else {}
     coded = load_codes(model, source_path, names, stored, quant) if stored is not None else []
-    _check_loaded(source_path, info, coded, head_may_differ=new_head is not None or config_from is not None)
+    _check_loaded(
+        source_path, info, coded, head_may_differ=new_head is not None or config_from is not None
+    )
     if stored is None:
         _quantize(model, quant)
     return model.eval()
@@ -89,7 +108,9 @@ def _config(directory: Path, task: Task, new_head: Labels | None) -> Any:
     try:
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{directory}/config.json: transformers cannot use it ({error})") from error
+        raise CorruptCheckpoint(
+            f"{directory}/config.json: transformers cannot use it ({error})"
+        ) from error
     if new_head is not None:
         for name, value in new_head.as_config().items():
             setattr(config, name, value)
@@ -100,7 +121,12 @@ def _codes_to_load(directory: Path, quant: QuantSpec | None) -> StoredQuantizati
     """How `directory` stores its weights as codes, if it does and `quant` means the same."""
     open_weights(directory)
     stored = stored_codes(directory)
-    if stored is not None and quant is not None and quant.quantized and quant.backend != stored.method:
+    if (
+        stored is not None
+        and quant is not None
+        and quant.quantized
+        and quant.backend != stored.method
+    ):
         raise Unsupported(
             f"{directory}: its weights are {stored.method} codes already and cannot be quantized to {quant.scheme}; "
             "leave out the section quantization, or start from the plain model"
@@ -119,7 +145,9 @@ def _hf_quantization(quant: QuantSpec | None) -> Any:
     return bnb_config(quant)
 
 
-def _from_pretrained(path: Path, task: Task, config: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+def _from_pretrained(
+    path: Path, task: Task, config: Any, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[nn.Module, Any]:
     with torch.random.fork_rng(devices=[]), _no_progress_bar():
         torch.manual_seed(0)
         model, info = auto_class(task).from_pretrained(
@@ -138,7 +166,7 @@ def _from_pretrained(path: Path, task: Task, config: Any, dtype: torch.dtype, op
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for each loading; commands report in lines."""
+    """Transformers draws a bar for each loading; commands report in lines."""
     logging = require("transformers.utils.logging", "train")
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -149,8 +177,10 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_loaded(path: Path, info: Any, coded: Iterable[str] = (), *, head_may_differ: bool) -> None:
-    """transformers fills what the files lack with random numbers; only a new head may be that."""
+def _check_loaded(
+    path: Path, info: Any, coded: Iterable[str] = (), *, head_may_differ: bool
+) -> None:
+    """Transformers fills what the files lack with random numbers; only a new head may be that."""
     wrong = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     wrong -= {f"{module}.weight" for module in coded}
     if head_may_differ:
@@ -183,10 +213,14 @@ def with_quantized_names(model: nn.Module, spec: QuantSpec, directory: Path) -> 
     stored = tensor_names(model, directory)
     missing = [name for name in modules if f"{name}.weight" not in stored]
     if missing:
-        raise Unsupported(f"{directory}: the weight of {missing[0]!r} is not a tensor of its own in these files")
+        raise Unsupported(
+            f"{directory}: the weight of {missing[0]!r} is not a tensor of its own in these files"
+        )
     tensors = tuple(stored[f"{name}.weight"] for name in modules)
     fingerprint = quantized_fingerprint(model, stored)
-    return spec.model_copy(update={"modules": tuple(modules), "tensors": tensors, "fingerprint": fingerprint})
+    return spec.model_copy(
+        update={"modules": tuple(modules), "tensors": tensors, "fingerprint": fingerprint}
+    )
 
 
 def quantized_fingerprint(model: nn.Module, stored: Mapping[str, str]) -> str:
@@ -199,7 +233,10 @@ def quantized_fingerprint(model: nn.Module, stored: Mapping[str, str]) -> str:
 
 
 def load_model(
-    checkpoint: Checkpoint, base: Source | None = None, *, compute_dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    base: Source | None = None,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """Any checkpoint torch can run, in evaluation mode, computing in `compute_dtype`.
 
@@ -212,8 +249,14 @@ def load_model(
     """
     manifest = checkpoint.manifest
     if manifest.kind == "onnx":
-        raise InputRefused(f"{checkpoint.path}: an ONNX checkpoint runs in onnxruntime, not in torch")
-    if manifest.adapter is not None and manifest.adapter.type == "lora" and manifest.kind in ("run", "adapter"):
+        raise InputRefused(
+            f"{checkpoint.path}: an ONNX checkpoint runs in onnxruntime, not in torch"
+        )
+    if (
+        manifest.adapter is not None
+        and manifest.adapter.type == "lora"
+        and manifest.kind in ("run", "adapter")
+    ):
         return _adapted(checkpoint, base, compute_dtype)
     model = load_base(checkpoint.path, manifest.task, dtype=compute_dtype)
     return computing_in(model, compute_dtype)
@@ -226,7 +269,13 @@ def _adapted(checkpoint: Checkpoint, base: Source | None, compute_dtype: torch.d
     source = base or _recorded_base(manifest, checkpoint.path)
     require_base(manifest, source)
     stored = torch_float(str(manifest.quantization.extras.get(STORED_DTYPE, "float32")))
-    model = load_base(source.path, manifest.task, dtype=stored, quant=manifest.quantization, config_from=checkpoint.path)
+    model = load_base(
+        source.path,
+        manifest.task,
+        dtype=stored,
+        quant=manifest.quantization,
+        config_from=checkpoint.path,
+    )
     _require_same_codes(model, manifest, source)
     adapted: nn.Module = load_adapter(model, checkpoint.path)
     return computing_in(adapted, compute_dtype).eval()
@@ -238,7 +287,9 @@ def _recorded_base(manifest: Manifest, path: Path) -> Source:
     try:
         return resolve_source(manifest.base.name, manifest.base.revision)
     except InputRefused as error:
-        raise InputRefused(f"{path}: needs its base model {manifest.base.name}; give it with --base ({error})") from error
+        raise InputRefused(
+            f"{path}: needs its base model {manifest.base.name}; give it with --base ({error})"
+        ) from error
 
 
 def _require_same_codes(model: nn.Module, manifest: Manifest, source: Source) -> None:

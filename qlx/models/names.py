@@ -93,10 +93,14 @@ def _load_side(plain: Any, files: Iterable[str]) -> dict[str, str]:
     state = plain.state_dict()
     result: dict[str, str] = {}
     for stored in files:
-        name, pattern = loading.rename_source_key(stored, renamings, converters, plain.base_model_prefix, state)
+        name, pattern = loading.rename_source_key(
+            stored, renamings, converters, plain.base_model_prefix, state
+        )
         if name in state and pattern is None:
             if name in result:
-                raise Unsupported(f"tensors {result[name]!r} and {stored!r} are both loaded as {name!r}")
+                raise Unsupported(
+                    f"tensors {result[name]!r} and {stored!r} are both loaded as {name!r}"
+                )
             result[name] = stored
     return result
 
@@ -104,4 +108,6 @@ def _load_side(plain: Any, files: Iterable[str]) -> dict[str, str]:
 def _require_one_to_one(names: Iterable[str], found: dict[str, str]) -> None:
     missing = [name for name in names if name not in found]
     if missing:
-        raise Unsupported(f"tensor {missing[0]!r} is split or merged in this architecture's files, which is not supported")
+        raise Unsupported(
+            f"tensor {missing[0]!r} is split or merged in this architecture's files, which is not supported"
+        )

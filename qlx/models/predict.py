@@ -17,7 +17,9 @@ _ROWS = 16
 _INPUTS = {"image-classification": ("pixel_values",), "causal-lm": ("input_ids", "attention_mask")}
 
 
-def forward_logits(model: nn.Module, task: Task, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+def forward_logits(
+    model: nn.Module, task: Task, inputs: Mapping[str, NDArray[Any]]
+) -> NDArray[np.float32]:
     """Logits float32 [n, classes] or [n, T, vocabulary], at most 16 rows at a time, in eval mode.
 
     The model is left in the mode (training or evaluation) it was in.
@@ -27,7 +29,9 @@ def forward_logits(model: nn.Module, task: Task, inputs: Mapping[str, NDArray[An
     """
     missing = [name for name in _INPUTS[task][:1] if name not in inputs]
     if missing:
-        raise InputRefused(f"the model needs an input {missing[0]!r}; given: {', '.join(sorted(inputs)) or 'none'}")
+        raise InputRefused(
+            f"the model needs an input {missing[0]!r}; given: {', '.join(sorted(inputs)) or 'none'}"
+        )
     device = next(model.parameters()).device
     options = {"use_cache": False} if task == "causal-lm" else {}
     names = [name for name in _INPUTS[task] if name in inputs]
@@ -37,7 +41,10 @@ def forward_logits(model: nn.Module, task: Task, inputs: Mapping[str, NDArray[An
     try:
         with torch.inference_mode():
             for start in range(0, len(inputs[names[0]]), _ROWS):
-                batch = {name: _tensor(model, inputs[name][start : start + _ROWS], device) for name in names}
+                batch = {
+                    name: _tensor(model, inputs[name][start : start + _ROWS], device)
+                    for name in names
+                }
                 pieces.append(model(**batch, **options).logits.float().cpu().numpy())
     finally:
         model.train(was_training)

@@ -60,11 +60,17 @@ def _adapter_off(model: Any) -> AbstractContextManager[Any]:
 def _computes_in_fp32(model: nn.Module) -> bool:
     """Whether every float parameter and every quantized layer's compute dtype is float32."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    dtypes |= {dtype for module in model.modules() if (dtype := getattr(module, "compute_dtype", None)) is not None}
+    dtypes |= {
+        dtype
+        for module in model.modules()
+        if (dtype := getattr(module, "compute_dtype", None)) is not None
+    }
     return dtypes <= {torch.float32}
 
 
-def probe_texts(items: Sequence[Encoded], pad_id: int, *, count: int, max_length: int, vocabulary: int) -> Batch:
+def probe_texts(
+    items: Sequence[Encoded], pad_id: int, *, count: int, max_length: int, vocabulary: int
+) -> Batch:
     """A batch of held-out texts for a probe, some shorter than others so that there is padding.
 
     Of each text the last `max_length` tokens are kept. For a large vocabulary fewer and shorter
@@ -84,7 +90,9 @@ def _shorter(item: Encoded) -> Encoded:
     return Encoded(item.ids[-kept:], item.labels[-kept:])
 
 
-def synthetic_inputs(task: Task, config: Any, *, count: int = 8, length: int = 16) -> dict[str, NDArray[Any]]:
+def synthetic_inputs(
+    task: Task, config: Any, *, count: int = 8, length: int = 16
+) -> dict[str, NDArray[Any]]:
     """Deterministic inputs for a model whose data are not at hand: noise images or random tokens.
 
     Image values are normal with unit variance; tokens are uniform over the vocabulary, padded
@@ -94,9 +102,19 @@ def synthetic_inputs(task: Task, config: Any, *, count: int = 8, length: int = 1
     if task == "image-classification":
         side = config.image_size
         height, width = (side, side) if isinstance(side, int) else side
-        return {"pixel_values": random.standard_normal((count, 3, height, width)).astype(np.float32)}
-    items = [_random_text(random, config.vocab_size, length - at % (length // 2)) for at in range(count)]
-    batch = probe_texts(items, config.pad_token_id or 0, count=count, max_length=length, vocabulary=config.vocab_size)
+        return {
+            "pixel_values": random.standard_normal((count, 3, height, width)).astype(np.float32)
+        }
+    items = [
+        _random_text(random, config.vocab_size, length - at % (length // 2)) for at in range(count)
+    ]
+    batch = probe_texts(
+        items,
+        config.pad_token_id or 0,
+        count=count,
+        max_length=length,
+        vocabulary=config.vocab_size,
+    )
     return batch.inputs
 
 
