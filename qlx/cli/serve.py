@@ -51,7 +51,8 @@ def command(
 ) -> None:
     """Serve a checkpoint over HTTP.
 
-    Runs until interrupted. The address is printed on standard error once it answers.
+    The address is printed on standard error once it answers. SIGINT or SIGTERM ends it: running
+    answers are finished, and the exit code is 0.
     """
     from qlx.serving import serve
 

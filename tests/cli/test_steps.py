@@ -3,7 +3,12 @@
 import contextlib
 import io
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +148,21 @@ def test_two_checkpoints_can_be_compared(line):
     report = result("verify", line / "onnx", "--against", line / "merged")
     assert report["passed"] is True
     assert "merged" in report["against"]
+
+
+def test_the_onnx_is_served_until_a_signal(line):
+    program = Path(sys.executable).with_name("qlx")
+    with subprocess.Popen(
+        [program, "serve", line / "onnx", "--port", "0"], stderr=subprocess.PIPE, text=True
+    ) as server:
+        address = re.search(r"http://[\d.:]+", server.stderr.readline())[0]
+        with urllib.request.urlopen(f"{address}/v1/models", timeout=30) as reply:
+            (model,) = json.load(reply)["data"]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        assert server.stderr.read() == ""
+    assert model["kind"] == "onnx"
+    assert model["verified"]["passed"] is True
 
 
 # --- What must not pass
