@@ -15,7 +15,7 @@ from qlx.adapters.attach import (
     save_adapter,
 )
 from qlx.adapters.combination import METHODS, PRUNING, Method, combined_delta
-from qlx.adapters.config import AdapterConfig, read_config
+from qlx.adapters.config import AdapterConfig, read_config, read_peft_type
 from qlx.adapters.experts import split_experts
 from qlx.adapters.formula import (
     LoraDelta,
@@ -57,6 +57,7 @@ __all__ = [
     "parameter_counts",
     "read_adapter",
     "read_config",
+    "read_peft_type",
     "save_adapter",
     "scaling_of",
     "split_experts",

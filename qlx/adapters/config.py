@@ -14,7 +14,7 @@ from qlx.adapters.formula import scaling_of
 from qlx.checkpoint import load_json
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
 
-__all__ = ["CONFIG_FILE", "AdapterConfig", "pattern_matches", "read_config"]
+__all__ = ["CONFIG_FILE", "AdapterConfig", "pattern_matches", "read_config", "read_peft_type"]
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -147,6 +147,22 @@ def read_config(directory: Path) -> AdapterConfig:
     config = reader.config()
     reader.refuse_the_rest()
     return config
+
+
+def read_peft_type(directory: Path) -> str:
+    """The kind of adapter that a PEFT directory holds, by PEFT's name; LORA where it does not say.
+
+    Raises:
+        CorruptCheckpoint: `adapter_config.json` is missing, is not JSON, or the field is no name.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise CorruptCheckpoint(f"{path} is missing; a PEFT adapter directory has one")
+    raw = load_json(path)
+    if not isinstance(raw, dict):
+        raise CorruptCheckpoint(f"{path}: not a JSON object")
+    kind: str = _Reader(path, raw).take("peft_type", str, "LORA")
+    return kind
 
 
 class _Reader:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from qlx.adapters import read_adapter
+from qlx.adapters import read_adapter, read_peft_type
 from qlx.checkpoint import (
     Checkpoint,
     FileEntry,
@@ -19,7 +19,7 @@ from qlx.checkpoint import (
     open_checkpoint,
     require_base,
 )
-from qlx.errors import InputRefused, UsageError
+from qlx.errors import InputRefused, Unsupported, UsageError
 from qlx.merging.coded import open_base
 from qlx.merging.combine import Combination, combine
 from qlx.merging.companions import (
@@ -66,6 +66,21 @@ def merge(
             the merged model's outputs differ from the unmerged one's.
     """
     tell = report or (lambda line: None)
+    foreign = _other_kind(adapter_dirs)
+    if foreign is not None and base is not None:
+        from qlx.merging.through_peft import merge_through_peft
+
+        choose_onto(QuantSpec(), onto, False)
+        return merge_through_peft(
+            base,
+            Path(adapter_dirs[0]),
+            foreign,
+            output,
+            dtype=dtype,
+            force=force,
+            max_erased=max_erased,
+            report=tell,
+        )
     with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
         source, plan = _planned(adapter, base, onto, dtype, recorded)
         tell(
@@ -84,6 +99,19 @@ def merge(
             tell("replaying the probe on the merged files")
             done = _finish(staging, manifest, adapter, source, plan, written.files)
     return Checkpoint(Path(output), done.manifest, done.digest)
+
+
+def _other_kind(paths: Sequence[Path]) -> str | None:
+    """What kind of adapter a plain PEFT directory holds, if it is not LoRA.
+
+    Raises:
+        Unsupported: it is one of several to combine.
+    """
+    kinds = [read_peft_type(Path(path)) for path in paths if not is_checkpoint(path)]
+    other = next((kind for kind in kinds if kind != "LORA"), None)
+    if other is not None and len(paths) > 1:
+        raise Unsupported(f"a {other} adapter cannot be combined with others; merge it alone")
+    return other
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from qlx.models.architectures import (
     build_model,
     read_config,
     stores_transposed,
+    task_of,
 )
 from qlx.models.coded import logical_names, stored_codes
 from qlx.models.loading import (
@@ -49,6 +50,7 @@ __all__ = [
     "stored_codes",
     "stores_transposed",
     "synthetic_inputs",
+    "task_of",
     "tensor_names",
     "torch_float",
     "with_quantized_names",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlx.checkpoint import Task, load_json
+from qlx.checkpoint import Source, Task, load_json
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported, require
 from qlx.recipe import ArchitectureSection
 
@@ -25,6 +25,7 @@ __all__ = [
     "build_model",
     "read_config",
     "stores_transposed",
+    "task_of",
 ]
 
 CONFIG_FILE = "config.json"
@@ -108,6 +109,14 @@ def _refuse_code(value: Any, path: Path) -> None:
                 f"{path}: field {key!r} can name code to run; qlx loads known architectures only, remove it"
             )
         _refuse_code(inner, path)
+
+
+def task_of(source: Source) -> Task:
+    """The task of a base: the recorded one of a qlx checkpoint, else that of its architecture."""
+    if source.manifest is not None:
+        return source.manifest.task
+    model_type = read_config(source.path)["model_type"]
+    return next(task for task, types in KNOWN.items() if model_type in types)
 
 
 def stores_transposed(model_type: str, module: str) -> bool:

@@ -1,7 +1,6 @@
 """`qlx save-adapter`: the adapter of a run, or a plain PEFT directory, as an adapter checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 from qlx.adapters import adapter_spec
 from qlx.adapters import load_adapter as attach_from
@@ -13,7 +12,6 @@ from qlx.checkpoint import (
     ProbeRecord,
     QuantSpec,
     Source,
-    Task,
     fingerprint_directory,
     is_checkpoint,
     new_checkpoint,
@@ -28,12 +26,11 @@ from qlx.errors import InputRefused, UsageError
 from qlx.inputs import PREPROCESSOR_FILE, TOKENIZER_FILES
 from qlx.models import (
     CONFIG_FILE,
-    KNOWN,
     STORED_DTYPE,
     load_base,
     make_probe,
-    read_config,
     synthetic_inputs,
+    task_of,
     tensor_names,
 )
 from qlx.training.material import GENERATION_FILE
@@ -100,7 +97,7 @@ def _from_run(run: Checkpoint, output: Path, base: str | None, force: bool) -> C
 
 
 def _from_peft(source: Path, base: Source, output: Path, force: bool) -> Checkpoint:
-    task = _task_of(base)
+    task = task_of(base)
     quantization = QuantSpec(extras={STORED_DTYPE: "float32"})
     names = tensor_names(model := load_base(base.path, task), base.path)
     adapted = attach_from(model, source)
@@ -127,13 +124,6 @@ def _from_peft(source: Path, base: Source, output: Path, force: bool) -> Checkpo
         write_probe(staging / PROBE_FILE, make_probe(adapted, task, inputs, None, True))
         seal(staging, manifest)
     return open_checkpoint(output)
-
-
-def _task_of(base: Source) -> Task:
-    if base.manifest is not None:
-        return base.manifest.task
-    model_type: Any = read_config(base.path)["model_type"]
-    return next(task for task, types in KNOWN.items() if model_type in types)
 
 
 def _carry(staging: Path, source: Path, base: Source) -> None:

@@ -201,7 +201,8 @@ def reference_thresholds(manifest: Manifest, native: float | None, has_base: boo
         return Thresholds("the gate that pack was run with", retention=gate)
     if packs:
         return Thresholds("packed without an adapter: the price is stated, not gated")
-    if any(step.options.get("onto") == "original" for step in lossy):
+    quantized = manifest.quantization.quantized  # else the original base is the one training saw
+    if quantized and any(step.options.get("onto") == "original" for step in lossy):
         return Thresholds("merged onto the original base: the price is stated, not gated")
     if lossy:
         return _rounded(lossy, native, has_base)

@@ -21,12 +21,13 @@ def manifest(kind, *steps):
     lineage = tuple(
         Step(command=command, versions={}, options=options) for command, options in steps
     )
+    quantized = kind == "packed" or any(o.get("onto") == "original" for _, o in steps)
     return Manifest(
         kind=kind,
         task="causal-lm",
         tag="t",
         lineage=lineage,
-        quantization=QuantSpec(scheme="nf4") if kind == "packed" else QuantSpec(),
+        quantization=QuantSpec(scheme="nf4") if quantized else QuantSpec(),
         base=BaseRef(name="b", fingerprint="sha256:" + "0" * 64),
         adapter=AdapterSpec(),
     )
@@ -143,3 +144,17 @@ def test_two_checkpoints_of_different_functions_never_go_unjudged():
         "retention": DEFAULT_MIN_RETENTION
     }
     assert against_thresholds(original, merged, False).limits() == {"top1": DEFAULT_MIN_RETENTION}
+
+
+def test_an_unquantized_base_is_the_one_training_saw():
+    """Rounded onto an original base that was never quantized: judged by rounding, not let through."""
+    step = Step(
+        command="merge",
+        versions={},
+        options={"exact": False, "dtype": "bfloat16", "onto": "original"},
+    )
+    plain = Manifest(kind="merged", task="causal-lm", tag="t", lineage=(step,))
+    assert reference_thresholds(plain, None, True).relative == pytest.approx(2.0**-5)
+    spec = QuantSpec(method="qlora", scheme="nf4")
+    quantized = plain.model_copy(update={"quantization": spec})
+    assert reference_thresholds(quantized, None, True).limits() == {}
