@@ -11,6 +11,8 @@ from qlx.checkpoint.digest import (
     fingerprint_line,
     fingerprint_of_lines,
     fingerprint_weights,
+    tensors_digest,
+    tensors_sha256,
 )
 from qlx.checkpoint.durable import new_checkpoint, replace_file
 from qlx.checkpoint.lineage import next_step
@@ -70,5 +72,7 @@ __all__ = [
     "require_base",
     "resolve_source",
     "seal",
+    "tensors_digest",
+    "tensors_sha256",
     "write_probe",
 ]

@@ -7,7 +7,16 @@ clock, the host or an absolute path: the same content gives the same bytes anywh
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qlx.checkpoint.digest import bytes_digest
 from qlx.checkpoint.strict_json import canonical_json
@@ -141,10 +150,20 @@ class Step(_Frozen):
 
 
 class FileEntry(_Frozen):
-    """Size in bytes and SHA-256 of one payload file."""
+    """Size in bytes and SHA-256 of one payload file.
+
+    `of` says what was hashed: the file's `bytes`, or of a safetensors file its `tensors`
+    (`qlx.checkpoint.digest.tensors_digest`); bytes are the rule and not written down.
+    """
 
     size: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    of: Literal["bytes", "tensors"] = "bytes"
+
+    @model_serializer(mode="wrap")
+    def _without_the_rule(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("of", "bytes")}
 
 
 class ProbeResult(_Frozen):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlx.checkpoint.digest import bytes_digest, file_sha256
+from qlx.checkpoint.digest import bytes_digest, file_sha256, tensors_sha256
 from qlx.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -122,7 +122,8 @@ def _check_file(path: Path, entry: FileEntry) -> None:
         raise CorruptCheckpoint(
             f"{path}: {size} bytes long, the manifest says {entry.size}; restore or rebuild it"
         )
-    if file_sha256(path) != entry.sha256:
+    found = tensors_sha256(path) if entry.of == "tensors" else file_sha256(path)
+    if found != entry.sha256:
         raise CorruptCheckpoint(
             f"{path}: the content is not what the manifest recorded; restore or rebuild it"
         )
@@ -133,8 +134,8 @@ def seal(
 ) -> Manifest:
     """Record every file of `directory` in the manifest and write `qlx.json`, last.
 
-    `known` holds entries of files that were read back and hashed after they were written; a file
-    whose size is no longer the recorded one is hashed again.
+    `known` holds entries of files that were hashed while they were written; a file whose size is
+    no longer the recorded one is hashed again.
 
     Returns:
         The manifest as written, with `files` filled in.

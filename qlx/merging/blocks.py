@@ -46,18 +46,21 @@ class Tally:
     differs: bool = False
 
     def add(self, before: Tensor, after: Tensor, written: Tensor) -> None:
-        """Count one block: its fp32 values before and after, and what is stored of the latter."""
+        """Count one block: its fp32 values before and after, and what is stored of the latter.
+
+        The last two may be one tensor, as before and after may.
+        """
+        if self.whole and not self.differs:
+            self.differs = not torch.equal(before, after)
+        if not self.changed:
+            self.changed = not torch.equal(written, before.to(written.dtype))
         delta = (after - before).reshape(-1)
         energy = float(torch.dot(delta, delta))
         self.energy += energy
         if written.dtype == torch.float32:
             self.kept += energy
         else:
-            self.kept += float(torch.dot((written.float() - before).reshape(-1), delta))
-        if not self.changed:
-            self.changed = not torch.equal(written, before.to(written.dtype))
-        if self.whole and not self.differs:
-            self.differs = not torch.equal(before, after)
+            self.kept += float(torch.dot(written.float().sub_(before).reshape(-1), delta))
 
     def rounding(self) -> Rounding | None:
         """The sum; None for a tensor trained whole that is still the base's."""

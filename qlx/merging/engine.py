@@ -1,10 +1,10 @@
 """Writing a merge: every byte of the base is read once, hashed, and copied or replaced, on all cores.
 
 Each tensor is one piece of work. Its bytes are hashed for the base's fingerprint; where they stay as
-they are the kernel copies them in the same pass, otherwise the merged blocks are written in their
-place. Behind the workers a reader per file hashes what was written, in order, for the manifest. So
-the right base, the right codes and the digests are known when the last byte is written, at the price
-of one pass; whoever calls checks them before the directory appears.
+they are the kernel copies them in the same pass, otherwise the merged blocks are hashed and written
+in their place. So the right base, the right codes and the digests of the new files are known when
+the last byte is written, at the price of one pass; whoever calls checks them before the directory
+appears.
 
 Reads and writes go through file descriptors, not memory maps: a disk that fills up or a file that
 shrinks is then an error instead of a signal.
@@ -22,7 +22,13 @@ from pathlib import Path
 
 import torch
 
-from qlx.checkpoint import FileEntry, canonical_json, fingerprint_line, fingerprint_of_lines
+from qlx.checkpoint import (
+    FileEntry,
+    canonical_json,
+    fingerprint_line,
+    fingerprint_of_lines,
+    tensors_digest,
+)
 from qlx.errors import NoRoom
 from qlx.merging.blocks import merged_blocks, tally_of
 from qlx.merging.change import Change
@@ -113,37 +119,25 @@ def write_merge(plan: MergePlan, directory: Path, *, workers: int | None = None)
     """
     files = target_files(plan)
     _require_space(directory, sum(file.size for file in files))
-    count = workers or cores()
     with ExitStack() as stack:
         stack.enter_context(_one_torch_thread())
         job = _Job(plan, [stack.enter_context(_Target(directory, file)) for file in files])
-        pool = stack.enter_context(_pool(count, job))
-        digests = [pool.behind.submit(target.digest) for target in job.targets]
-        for future in [pool.front.submit(job.run, item) for item in job.items()]:
+        pool = stack.enter_context(_pool(workers or cores(), job))
+        for future in [pool.submit(job.run, item) for item in job.items()]:
             future.result()
-        entries = {
-            t.file.name: future.result() for t, future in zip(job.targets, digests, strict=True)
-        }
     _write_index(plan, directory, files)
-    return job.written(entries)
-
-
-@dataclass(frozen=True)
-class _Pools:
-    front: ThreadPoolExecutor
-    behind: ThreadPoolExecutor
+    return job.written()
 
 
 @contextmanager
-def _pool(count: int, job: "_Job") -> Iterator[_Pools]:
-    """Threads that write and threads that hash behind them; on an error both stop at once."""
-    with ThreadPoolExecutor(count) as behind, ThreadPoolExecutor(count) as front:
+def _pool(count: int, job: "_Job") -> Iterator[ThreadPoolExecutor]:
+    """Threads that stop at once on an error."""
+    with ThreadPoolExecutor(count) as pool:
         try:
-            yield _Pools(front, behind)
+            yield pool
         except BaseException:
-            job.stop()
-            front.shutdown(wait=False, cancel_futures=True)
-            behind.shutdown(wait=False, cancel_futures=True)
+            job.stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
@@ -184,17 +178,15 @@ class _Stopped(Exception):
 
 
 class _Target:
-    """A file being written: parts in any order, hashed behind in the order of its bytes."""
+    """A file being written, its tensors in any order."""
 
     def __init__(self, directory: Path, file: TargetFile) -> None:
         self.file = file
         self.path = directory / file.name
-        self._ready = threading.Condition()
-        self._done: set[str] = set()
-        self._stopped = False
+        self.hashes: dict[str, str] = {}
 
     def __enter__(self) -> "_Target":
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.truncate(self.descriptor, self.file.size)
         write_at(self.descriptor, memoryview(self.file.header), 0)
         return self
@@ -202,30 +194,10 @@ class _Target:
     def __exit__(self, *error: object) -> None:
         os.close(self.descriptor)
 
-    def finish(self, name: str) -> None:
-        with self._ready:
-            self._done.add(name)
-            self._ready.notify_all()
-
-    def stop(self) -> None:
-        with self._ready:
-            self._stopped = True
-            self._ready.notify_all()
-
-    def _wait_for(self, name: str) -> None:
-        with self._ready:
-            self._ready.wait_for(lambda: self._stopped or name in self._done)
-            if self._stopped:
-                raise _Stopped
-
-    def digest(self) -> FileEntry:
-        """Read the file back behind its writers."""
-        sha256 = hashlib.sha256(self.file.header)
-        buffer = memoryview(bytearray(CHUNK))
-        for info in sorted(self.file.places.values(), key=lambda info: info.begin):
-            self._wait_for(info.name)
-            _hash(self.descriptor, (info.begin, info.end), sha256.update, buffer, str(self.path))
-        return FileEntry(size=self.file.size, sha256=sha256.hexdigest())
+    def entry(self) -> FileEntry:
+        """What the manifest says of the file once all its tensors are written."""
+        digest = tensors_digest(self.file.header, self.file.places, self.hashes)
+        return FileEntry(size=self.file.size, sha256=digest, of="tensors")
 
 
 def _hash(
@@ -256,6 +228,10 @@ class _Item:
     target: tuple[_Target, TensorInfo] | None
     change: Change | None
 
+    def size(self) -> int:
+        """Bytes, of the larger side."""
+        return max(side[1].nbytes for side in (self.source, self.target) if side is not None)
+
 
 @dataclass
 class _Job:
@@ -269,13 +245,11 @@ class _Job:
     stopped: bool = False
     _local: threading.local = field(default_factory=threading.local)
 
-    def stop(self) -> None:
-        self.stopped = True
-        for target in self.targets:
-            target.stop()
+    def items(self) -> list[_Item]:
+        """All tensors of the base and of the result, the largest first so that no core waits long."""
+        return sorted(self._items(), key=_Item.size, reverse=True)
 
-    def items(self) -> Iterator[_Item]:
-        """All tensors of the base and of the result, file by file in the order of their bytes."""
+    def _items(self) -> Iterator[_Item]:
         rest = {
             name: (path, info)
             for path, header in self.plan.weights.headers.items()
@@ -315,8 +289,6 @@ class _Job:
         if item.name in self.coded - self.codes.keys():
             spec = self.plan.spec
             self._note_codes(item.name, codes_as_trained(self.plan.weights, spec, item.name))
-        if item.target is not None:
-            item.target[0].finish(item.name)
 
     def _read(self, item: _Item, path: Path, info: TensorInfo) -> None:
         """Hash a tensor of the base, and copy it where it stays as it is."""
@@ -340,16 +312,20 @@ class _Job:
                 str(path),
                 each,
             )
-        self.lines[item.name] = fingerprint_line(
-            info.name, info.dtype, info.shape, sha256.hexdigest()
-        )
+        found = sha256.hexdigest()
+        self.lines[item.name] = fingerprint_line(info.name, info.dtype, info.shape, found)
+        if copy is not None:
+            copy[0].hashes[item.name] = found
 
     def _replace(self, change: Change, target: _Target, place: TensorInfo) -> None:
-        tally, at = tally_of(change), place.begin
+        tally, at, sha256 = tally_of(change), place.begin, hashlib.sha256()
         for block in merged_blocks(self.plan, change, tally, self._note_codes):
             self._go_on()
-            at += write_at(target.descriptor, bytes_of(block.contiguous()), at)
+            data = bytes_of(block.contiguous())
+            sha256.update(data)
+            at += write_at(target.descriptor, data, at)
         assert at == place.end, f"{change.name}: {at - place.begin} bytes for {place.nbytes}"
+        target.hashes[change.name] = sha256.hexdigest()
         rounding = None if tally is None else tally.rounding()
         if rounding is not None:
             self.roundings[change.name] = rounding
@@ -367,11 +343,11 @@ class _Job:
         if self.stopped:
             raise _Stopped
 
-    def written(self, files: Mapping[str, FileEntry]) -> Written:
+    def written(self) -> Written:
         """The result, in an order that does not depend on the threads."""
         return Written(
             roundings=tuple(self.roundings[name] for name in sorted(self.roundings)),
             fingerprint=fingerprint_of_lines(self.lines.values()),
             codes=fingerprint_of_lines(self.codes.values()) if self.codes else None,
-            files=files,
+            files={target.file.name: target.entry() for target in self.targets},
         )

@@ -1,5 +1,6 @@
 """The format's laws: round trips, byte identity, and every kind of tampering named."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from qlx.checkpoint import (
     AdapterSpec,
     BaseRef,
+    FileEntry,
     Manifest,
     Probe,
     ProbeRecord,
@@ -20,10 +22,12 @@ from qlx.checkpoint import (
     read_manifest,
     read_probe,
     seal,
+    tensors_sha256,
     write_probe,
 )
 from qlx.checkpoint.manifest import parse_manifest
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
+from qlx.weights import read_header, write_arrays
 
 MARK = "sha256:" + "ab" * 32
 
@@ -189,3 +193,40 @@ def test_an_edited_manifest_is_refused_even_where_it_stays_valid(tmp_path: Path)
             open_checkpoint(path)
     seal(path, read_manifest(make(tmp_path / "b"))[0])
     open_checkpoint(path)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A directory with one weight file, and its entry by tensors."""
+    arrays = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.int8)}
+    write_arrays(tmp_path / "model.safetensors", arrays, {"format": "pt"})
+    path = tmp_path / "model.safetensors"
+    return tmp_path, FileEntry(size=path.stat().st_size, sha256=tensors_sha256(path), of="tensors")
+
+
+def test_a_digest_by_tensors_follows_its_definition(weights):
+    path = weights[0] / "model.safetensors"
+    header, data = read_header(path), path.read_bytes()
+    parts = [hashlib.sha256(data[header.tensors[name].begin : header.tensors[name].end]).digest()
+             for name in ("a", "b")]  # fmt: skip
+    wanted = hashlib.sha256(b"".join([data[: header.data_start], *parts])).hexdigest()
+    assert weights[1].sha256 == wanted != hashlib.sha256(data).hexdigest()
+
+
+def test_every_byte_counts_in_a_digest_by_tensors(weights):
+    directory, entry = weights
+    seal(directory, manifest().model_copy(update={"probe": None}), {"model.safetensors": entry})
+    assert open_checkpoint(directory).manifest.files["model.safetensors"] == entry
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(CorruptCheckpoint):
+            open_checkpoint(directory)
+    path.write_bytes(data)
+    assert open_checkpoint(directory)
+
+
+def test_the_rule_is_not_written_down(weights):
+    assert FileEntry(size=1, sha256="0" * 64).model_dump() == {"size": 1, "sha256": "0" * 64}
+    assert weights[1].model_dump()["of"] == "tensors"
