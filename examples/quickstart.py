@@ -54,13 +54,14 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The row as text; sizes are megabytes on disk."""
-        size = sum(file.stat().st_size for file in self.directory.iterdir())
-        verdict = "yes" if self.verified else "NO"
-        return self.model, f"{size / 1e6:.2f} MB", self.score, self.distance, verdict
+        """The row as text; sizes are megabytes on disk, the probe apart from the rest."""
+        sizes = {file.name: file.stat().st_size / 1e6 for file in self.directory.iterdir()}
+        probe = sizes.pop("probe.safetensors")
+        size = f"{sum(sizes.values()):.2f} + {probe:.2f} MB"
+        return self.model, size, self.score, self.distance, "yes" if self.verified else "NO"
 
 
-HEADER = ("model", "on disk", "held out", "distance from unmerged", "verified")
+HEADER = ("model", "on disk + probe", "held out", "distance from unmerged", "verified")
 
 
 @dataclass
@@ -148,6 +149,7 @@ class Workload:
     def qlx(self, *arguments: str, show: bool = True) -> str:
         """Run one command, showing it, its progress and its result; any failure ends the workload."""
         self.say(f"$ qlx {shlex.join(arguments)}")
+        started = time.monotonic()
         with subprocess.Popen(
             [QLX, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
         ) as process:
@@ -157,6 +159,7 @@ class Workload:
             relay.join()
         if show:
             self.say("\n".join(f"  {line}" for line in output.splitlines()))
+        self.say(f"  {time.monotonic() - started:.0f} s")
         # `verify` ends with 1 where a check failed; its report goes into the table as a NO.
         if process.returncode and not (arguments[0] == "verify" and process.returncode == 1):
             raise RuntimeError(f"{self.name}: qlx {arguments[0]} ended with {process.returncode}")
