@@ -183,9 +183,9 @@ class Workload:
         report = json.loads(self.qlx("verify", self.at(name), *verify_with, "--json", show=False))
         score = f"{self.metric} {scored['metrics'][self.metric]:.4f}"
         found = report["comparisons"].get("reference", {})
-        distance = (
-            f"{found['relative']:.1e}, top-1 {found['top1']:.1%}" if found else "not measured"
-        )
+        distance = f"{found['relative']:.1e}, top-1 {found['top1']:.1%}" if found else "none"
+        if name == self.base_name:
+            distance = "(before the adapter)"
         row = Row(model, self.folder / name, score, distance, bool(report["passed"]))
         self.rows.append(row)
         self.say(f"  {' · '.join(row.cells)}")
