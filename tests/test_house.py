@@ -396,7 +396,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 def command_error(arguments: list[str]) -> str | None:
     """What is wrong with a command line as far as names, choices and counts go; None if nothing."""
-    context = click.Context(program, info_name="qlx")
+    context = click.Context(program, info_name="qlx", help_option_names=["-h", "--help"])
     name, rest = arguments[0], arguments[1:]
     if name.startswith("-"):
         return None if name in ("--help", "--version", "-h") else f"no option {name}"

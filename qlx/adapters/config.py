@@ -92,9 +92,14 @@ class AdapterConfig:
         return scaling_of(alpha, rank, use_rslora=self.use_rslora)
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
-        """Names of the parameters of `module` itself that are targets, as opposed to the module."""
-        owners = (target.rpartition(".") for target in self.target_parameters)
-        return tuple(name for owner, _, name in owners if f".{module}".endswith(f".{owner}"))
+        """Names of the parameters of `module` itself that are targets, as opposed to the module.
+
+        A target without an owner, as PEFT writes them for a mixture of experts, is the experts'.
+        """
+        named = (target.rpartition(".") for target in self.target_parameters)
+        return tuple(
+            name for owner, _, name in named if f".{module}".endswith(f".{owner or 'experts'}")
+        )
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
         """The rows of an embedding that were trained alone; None if the file names none for it."""
@@ -194,7 +199,7 @@ class _Reader:
             lora_bias=self.take("lora_bias", bool, False),
             fan_in_fan_out=self.take("fan_in_fan_out", bool, False),
             target_modules=self._names("target_modules"),
-            target_parameters=tuple(self._names("target_parameters")),
+            target_parameters=self._parameters(),
             token_indices=self._tokens(),
             modules_to_save=tuple(self._names("modules_to_save")),
             rank_pattern=self._patterns("rank_pattern", int),
@@ -220,6 +225,14 @@ class _Reader:
         if not all(isinstance(entry, str) for entry in entries):
             raise CorruptCheckpoint(f"{self.path}: {name} holds something that is not a name")
         return value if isinstance(value, str) else tuple(sorted(entries))
+
+    def _parameters(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = tuple(self._names("target_parameters"))
+        if "weight" in found:
+            raise Unsupported(
+                f"{self.path}: target_parameters has 'weight' without the module it belongs to"
+            )
+        return found
 
     def _tokens(self) -> dict[str, tuple[int, ...]]:
         value = self.take("trainable_token_indices", (list, dict), {})

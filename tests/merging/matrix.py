@@ -388,7 +388,8 @@ def effective(adapted: Any, *, sizes: bool) -> dict[str, torch.Tensor]:
     layers = dict(true.get_base_model().named_modules())
     with torch.no_grad():
         for name, parameter in adapted.get_base_model().named_parameters():  # trained biases
-            if name.endswith("bias") and parameter.requires_grad and "lora_" not in name:
+            own = not any(part in name for part in ("lora_", "modules_to_save"))
+            if name.endswith("bias") and parameter.requires_grad and own:
                 found[name.replace(".base_layer", "")] = parameter.double()
         for name, module in model.get_base_model().named_modules():
             plain = name.replace(".base_layer", "")
