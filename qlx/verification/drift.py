@@ -97,8 +97,10 @@ class _Sums:
 
     @property
     def retention(self) -> float | None:
-        """None where the effect is no more than rounding."""
-        return self.kept / self.effect if self.effect > 1e-12 * self.norm else None
+        """None where the effect is no more than rounding, or a value is not finite."""
+        if not np.isfinite(self.kept) or self.effect <= 1e-12 * self.norm:
+            return None
+        return self.kept / self.effect
 
 
 def _flat(values: Array) -> Array:

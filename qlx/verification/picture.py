@@ -9,7 +9,7 @@ from qlx.verification.drift import Drift, WeightDrift
 
 __all__ = ["check_picture", "draw"]
 
-_FLOOR = 1e-9  # where the scale ends; less is drawn as this
+_FLOOR, _CEILING = 1e-9, 1e3  # where the scales end; what lies beyond is drawn there
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -57,8 +57,8 @@ def _bars(axes: Any, drift: Drift) -> None:
         axes.set_axis_off()
         return
     places = range(len(drift.layers))
-    total = [max(layer.drift, _FLOOR) for layer in drift.layers]
-    own = [max(layer.own, _FLOOR) for layer in drift.layers]
+    total = [_shown(layer.drift) for layer in drift.layers]
+    own = [_shown(layer.own) for layer in drift.layers]
     axes.barh([at - 0.2 for at in places], total, 0.38, color="#b8c4d6", label="adding up")
     axes.barh([at + 0.2 for at in places], own, 0.38, color="#c2410c", label="by itself")
     axes.set_yticks(list(places), [_short(layer.name) for layer in drift.layers], fontsize=8)
@@ -80,7 +80,7 @@ def _heatmap(figure: Any, axes: Any, drift: Drift) -> None:
         return
     values = np.full((len(layers), len(parts)), np.nan)
     for (layer, part), weight in found.items():
-        values[layers.index(layer), parts.index(part)] = np.log10(max(weight.drift, _FLOOR))
+        values[layers.index(layer), parts.index(part)] = np.log10(_shown(weight.drift))
     image = axes.imshow(values, aspect="auto", cmap="magma", vmin=np.log10(_FLOOR), vmax=0)
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
     axes.set_xticks(range(len(parts)), parts, rotation=60, ha="right", fontsize=7)
@@ -99,6 +99,10 @@ def _by_layer(drift: Drift) -> tuple[list[int], list[str], dict[tuple[int, str],
     layers = sorted({layer for layer, _ in found})
     parts = list(dict.fromkeys(part for _, part in found))
     return layers, parts, found
+
+
+def _shown(value: float) -> float:
+    return min(max(value, _FLOOR), _CEILING)
 
 
 def _short(name: str) -> str:
