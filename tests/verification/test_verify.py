@@ -324,7 +324,7 @@ def test_a_defect_in_a_pack_is_caught_by_its_own_outputs(family, tmp_path, defec
 def test_any_flipped_byte_is_corruption(family, tmp_path, kind):
     path = family.copy(kind, tmp_path)
     random = np.random.default_rng(0)
-    for file in sorted(set(path.iterdir()) - {path / "qlx.json"}):
+    for file in sorted(path.iterdir()) + 8 * [path / "qlx.json"]:  # the manifest seals itself
         data = bytearray(file.read_bytes())
         at = int(random.integers(len(data)))
         data[at] ^= 1 << int(random.integers(8))
