@@ -17,10 +17,9 @@ from qlx.adapters import TokenRows, delta_rows, merged_weight, with_rows
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
-from qlx.merging.stream import load_rows
 from qlx.merging.values import Rounding, codes_as_trained, stored_dtype
 from qlx.quant import PackedTensor, packed_rows, value_unit
-from qlx.weights import torch_dtype
+from qlx.weights import read_rows, torch_dtype
 
 __all__ = ["BLOCK", "Tally", "block_rows", "merged_blocks", "merged_value"]
 
@@ -154,7 +153,7 @@ def _base_rows(
         stored = weights.packed(name)
         return lambda rows: packed_rows(stored, rows).values(), value_unit(stored)
     dtype = stored_dtype(spec) if change.as_trained else torch.float32
-    return lambda rows: load_rows(weights, name, rows).to(dtype).float(), 1
+    return lambda rows: read_rows(weights, name, rows).to(dtype).float(), 1
 
 
 def _compared_with(plan: MergePlan, change: Change, base: Rows) -> Rows | None:

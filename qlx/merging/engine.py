@@ -34,10 +34,10 @@ from qlx.merging.blocks import merged_blocks, tally_of
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
-from qlx.merging.stream import bytes_of, copy_range, read_into, write_at
+from qlx.merging.stream import bytes_of, copy_range, write_at
 from qlx.merging.values import Rounding, codes_as_trained
 from qlx.quant import PackedTensor, packed_line
-from qlx.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, lay_out
+from qlx.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, lay_out, read_into
 
 __all__ = ["CHUNK", "Written", "cores", "target_files", "write_merge"]
 

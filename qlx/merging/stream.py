@@ -12,9 +12,9 @@ import torch
 
 from qlx.errors import CorruptCheckpoint
 from qlx.merging.coded import CodedWeights
-from qlx.weights import WeightSet, torch_dtype
+from qlx.weights import WeightSet, read_rows
 
-__all__ = ["bytes_of", "copy_range", "load_rows", "load_tensor", "read_into", "write_at"]
+__all__ = ["bytes_of", "copy_range", "load_tensor", "write_at"]
 
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 _CHUNK = 2**20
@@ -67,46 +67,8 @@ def load_tensor(weights: WeightSet, name: str) -> torch.Tensor:
     """
     if isinstance(weights, CodedWeights) and name in weights.coded:
         return weights.packed(name).values()
-    info = weights[name]
-    tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-    with open(weights.path_of(name), "rb", buffering=0) as file:
-        what = f"{weights.path_of(name)}: ended inside tensor {name!r}"
-        read_into(file.fileno(), bytes_of(tensor), info.begin, what)
-    return tensor
-
-
-def load_rows(weights: WeightSet, name: str, rows: slice) -> torch.Tensor:
-    """Some rows (along the first axis; a scalar has one) of a tensor that the files hold as it is.
-
-    Raises:
-        CorruptCheckpoint: the file has become shorter.
-    """
-    info = weights[name]
-    shape = info.shape or (1,)
-    tensor = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=torch_dtype(info.dtype))
-    begin = info.begin + info.nbytes // max(1, shape[0]) * rows.start
-    with open(weights.path_of(name), "rb", buffering=0) as file:
-        read_into(
-            file.fileno(),
-            bytes_of(tensor),
-            begin,
-            f"{weights.path_of(name)}: ended inside tensor {name!r}",
-        )
-    return tensor
-
-
-def read_into(descriptor: int, view: memoryview, begin: int, what: str) -> None:
-    """Fill `view` with a file's bytes from offset `begin`; `what` is the message of the error.
-
-    Raises:
-        CorruptCheckpoint: the file ends before that.
-    """
-    done = 0
-    while done < len(view):
-        moved = os.preadv(descriptor, [view[done:]], begin + done)
-        if not moved:
-            raise CorruptCheckpoint(what)
-        done += moved
+    shape = weights[name].shape
+    return read_rows(weights, name, slice(0, shape[0] if shape else 1)).reshape(shape)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

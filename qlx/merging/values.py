@@ -16,7 +16,7 @@ from qlx.errors import CheckFailed, Mismatch
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
-from qlx.merging.stream import load_rows, load_tensor
+from qlx.merging.stream import load_tensor
 from qlx.models import STORED_DTYPE, torch_float
 from qlx.quant import (
     PackedTensor,
@@ -26,7 +26,7 @@ from qlx.quant import (
     quantize_tensor,
     row_unit,
 )
-from qlx.weights import WeightSet
+from qlx.weights import WeightSet, read_rows
 
 __all__ = [
     "MAX_ERASED",
@@ -104,7 +104,7 @@ def codes_as_trained(weights: WeightSet, spec: QuantSpec, name: str) -> PackedTe
     if unit is None:
         return quantize_tensor(as_loaded(weights, spec, name), spec)
     rows = max(unit, _CODEC_VALUES // prod(shape[1:]) // unit * unit)
-    return quantize_rows(lambda cut: load_rows(weights, name, cut).to(dtype), shape, spec, rows)
+    return quantize_rows(lambda cut: read_rows(weights, name, cut).to(dtype), shape, spec, rows)
 
 
 def base_value(plan: MergePlan, change: Change) -> Tensor:

@@ -25,6 +25,7 @@ from qlx.models.loading import (
 from qlx.models.names import plain_names, tensor_names
 from qlx.models.predict import TorchPredictor, forward_logits
 from qlx.models.probing import MAX_LOGITS_BYTES, make_probe, probe_texts, synthetic_inputs
+from qlx.models.streamed import streamed_bytes, streamed_model
 
 __all__ = [
     "CONFIG_FILE",
@@ -49,6 +50,8 @@ __all__ = [
     "read_config",
     "stored_codes",
     "stores_transposed",
+    "streamed_bytes",
+    "streamed_model",
     "synthetic_inputs",
     "task_of",
     "tensor_names",

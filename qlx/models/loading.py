@@ -30,6 +30,7 @@ __all__ = [
     "empty_model",
     "load_base",
     "load_model",
+    "model_config",
     "quantized_fingerprint",
     "torch_float",
     "with_quantized_names",
@@ -92,12 +93,21 @@ def load_base(
 
 def empty_model(directory: Path, task: Task) -> nn.Module:
     """The plain architecture of a directory, without weights (on torch's meta device)."""
-    config = _config(Path(directory), task, None)
+    config = model_config(directory, task)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         model: nn.Module = auto_class(task).from_config(config)
     return model.eval()
+
+
+def model_config(directory: Path, task: Task) -> Any:
+    """The transformers configuration of a directory's model.
+
+    Raises:
+        CorruptCheckpoint, UnsafeInput, Unsupported: `config.json` cannot be used.
+    """
+    return _config(Path(directory), task, None)
 
 
 def _config(directory: Path, task: Task, new_head: Labels | None) -> Any:

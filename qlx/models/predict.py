@@ -32,7 +32,7 @@ def forward_logits(
         raise InputRefused(
             f"the model needs an input {missing[0]!r}; given: {', '.join(sorted(inputs)) or 'none'}"
         )
-    device = next(model.parameters()).device
+    device = _device(model)
     options = {"use_cache": False} if task == "causal-lm" else {}
     names = [name for name in _INPUTS[task] if name in inputs]
     was_training = model.training
@@ -49,6 +49,12 @@ def forward_logits(
     finally:
         model.train(was_training)
     return np.concatenate(pieces)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model computes; one whose weights are read as it runs does so on the CPU."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _tensor(model: nn.Module, array: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from qlx.weights.arrays import (
     lay_out,
     read_arrays,
+    read_into,
+    read_rows,
     read_tensor,
     read_tensors,
     torch_dtype,
@@ -26,6 +28,8 @@ __all__ = [
     "open_weights",
     "read_arrays",
     "read_header",
+    "read_into",
+    "read_rows",
     "read_tensor",
     "read_tensors",
     "torch_dtype",

@@ -6,6 +6,7 @@ of its element size.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "lay_out",
     "read_arrays",
+    "read_into",
+    "read_rows",
     "read_tensor",
     "read_tensors",
     "torch_dtype",
@@ -101,6 +104,38 @@ def read_tensor(weights: WeightSet, name: str) -> "torch.Tensor":
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     flat = torch.frombuffer(bytearray(weights.read_bytes(name)), dtype=torch_dtype(info.dtype))
     return flat.reshape(info.shape)
+
+
+def read_rows(weights: WeightSet, name: str, rows: slice) -> "torch.Tensor":
+    """Some rows (along the first axis; a scalar has one) of a tensor, in its own dtype.
+
+    Raises:
+        CorruptCheckpoint: the file has become shorter.
+    """
+    import torch
+
+    info, path = weights[name], weights.path_of(name)
+    shape = info.shape or (1,)
+    tensor = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=torch_dtype(info.dtype))
+    begin = info.begin + info.nbytes // max(1, shape[0]) * rows.start
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    with open(path, "rb", buffering=0) as file:
+        read_into(file.fileno(), memoryview(flat), begin, f"{path}: ended inside tensor {name!r}")
+    return tensor
+
+
+def read_into(descriptor: int, view: memoryview, begin: int, what: str) -> None:
+    """Fill `view` with a file's bytes from offset `begin`; `what` is the message of the error.
+
+    Raises:
+        CorruptCheckpoint: the file ends before that.
+    """
+    done = 0
+    while done < len(view):
+        moved = os.preadv(descriptor, [view[done:]], begin + done)
+        if not moved:
+            raise CorruptCheckpoint(what)
+        done += moved
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":

@@ -8,8 +8,8 @@ import torch
 
 from qlx.errors import CorruptCheckpoint
 from qlx.merging import stream
-from qlx.merging.stream import bytes_of, copy_range, load_rows, load_tensor
-from qlx.weights import open_weights, write_tensors
+from qlx.merging.stream import bytes_of, copy_range, load_tensor
+from qlx.weights import open_weights, read_rows, write_tensors
 
 
 @pytest.fixture
@@ -82,15 +82,15 @@ def test_load_gives_every_tensor_as_it_was(single, tensors):
 def test_rows_are_those_of_the_tensor(single, tensors):
     weights = open_weights(single)
     for name in "abcd":
-        assert torch.equal(load_rows(weights, name, slice(1, 2)), tensors[name][1:2])
-    assert torch.equal(load_rows(weights, "e", slice(0, 1)), tensors["e"].reshape(1))
+        assert torch.equal(read_rows(weights, name, slice(1, 2)), tensors[name][1:2])
+    assert torch.equal(read_rows(weights, "e", slice(0, 1)), tensors["e"].reshape(1))
 
 
 def test_load_names_a_file_that_shrank(single):
     weights = open_weights(single)
     path = single / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1)
-    for load in (load_tensor, lambda weights, name: load_rows(weights, name, slice(0, 7))):
+    for load in (load_tensor, lambda weights, name: read_rows(weights, name, slice(0, 7))):
         with pytest.raises(CorruptCheckpoint, match="ended inside tensor 'c'"):
             load(weights, "c")
 
