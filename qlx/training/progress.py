@@ -67,7 +67,7 @@ def metrics_callback(path: Path, *, resumed_at: int | None) -> Any:
 
 
 def progress_callback(report: Reporter) -> Any:
-    """A trainer callback that reports loss, learning rate and time left about twenty times."""
+    """A trainer callback that reports loss, learning rate, speed and time left about twenty times."""
     transformers = require("transformers", "train")
 
     class Lines(transformers.TrainerCallback):  # type: ignore[name-defined]
@@ -88,14 +88,11 @@ def progress_callback(report: Reporter) -> Any:
             ):
                 return
             self.shown = state.global_step
-            left = (
-                (time.monotonic() - self.started)
-                / max(done, 1)
-                * (state.max_steps - state.global_step)
-            )
+            rate = max(done, 1) / max(time.monotonic() - self.started, 1e-9)
             report(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"lr {logs['learning_rate']:.2e}  {_clock(left)} left"
+                f"lr {logs['learning_rate']:.2e}  {rate:.1f} steps/s  "
+                f"{_clock((state.max_steps - state.global_step) / rate)} left"
             )
 
     return Lines()
