@@ -45,6 +45,7 @@ __all__ = [
 MAX_ERASED = 0.5
 """The largest share of an adapter's weight change that rounding may take before a merge is refused."""
 
+_ADVICE = "merge with --dtype float32, or accept the loss with --allow-erased"
 
 _CODEC_VALUES = 2**18  # a codec's temporaries take about 20 bytes for each
 
@@ -124,6 +125,8 @@ def inner_product(left: Tensor, right: Tensor) -> float:
 def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> float:
     """Check that the adapter arrived: every adapted tensor changed, and little enough was lost.
 
+    A `limit` of 1 allows any loss, that of whole tensors included, as long as some tensor changed.
+
     Returns:
         The share of the delta lost to rounding: over all low-rank updates together, or of the
         worst tensor that was trained whole, whichever is larger.
@@ -132,16 +135,18 @@ def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> flo
         CheckFailed: a tensor did not change at all, or more than `limit` of the delta is lost.
     """
     items = list(roundings)
-    still = [item.name for item in items if not item.changed]
     if not items:
         raise CheckFailed("the adapter changes no tensor: every update in it is empty")
-    if still:
+    still = [item.name for item in items if not item.changed]
+    untrained = any(not item.changed and not item.energy for item in items)
+    if still and (limit < 1 or untrained or len(still) == len(items)):
         which = (
             "no tensor" if len(still) == len(items) else f"{len(still)} of {len(items)} tensors not"
         )
         raise CheckFailed(
             f"the adapter changes {which} (first: {still[0]!r}); it is untrained there or its delta "
             f"is below the precision of {dtype}"
+            f"{f'; {_ADVICE}' if not untrained and dtype != 'float32' else ''}"
         )
     low_rank = [item for item in items if not item.whole]
     shares = [item.erased for item in items if item.whole]
@@ -150,7 +155,7 @@ def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> flo
         worst = max(items, key=lambda item: item.erased)
         raise CheckFailed(
             f"rounding to {dtype} would erase {erased:.0%} of the adapter's change (limit {limit:.0%}, "
-            f"worst {worst.name!r} {worst.erased:.0%}); merge with --dtype float32"
+            f"worst {worst.name!r} {worst.erased:.0%}); {_ADVICE}"
         )
     return erased
 

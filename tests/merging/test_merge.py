@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qlx.adapters import merged_weight
-from qlx.checkpoint import QuantSpec, open_checkpoint, read_probe
+from qlx.checkpoint import QuantSpec, open_checkpoint, read_probe, seal
 from qlx.errors import CheckFailed, Mismatch, Unsupported, UsageError
 from qlx.merging import merge
 from qlx.quant import dequantize_tensor, quantize_tensor
@@ -344,6 +344,37 @@ def test_a_wrong_merge_finds_itself_out_before_it_appears(tmp_path, bases, monke
     with pytest.raises(CheckFailed, match="reference: relative"):
         merge(base, [adapter.path], tmp_path / "merged")
     assert leaves_nothing(tmp_path)
+
+
+def test_nothing_but_erasure_is_accepted(tmp_path, bases):
+    """Negative control: the permission does not cover an adapter that is empty, wholly or in part."""
+    base = bases("llama", torch.bfloat16)
+    empty = make_adapter(base, tmp_path / "empty", Case(size=0.0))
+    with pytest.raises(CheckFailed, match="changes no tensor"):
+        merge(base, [empty.path], tmp_path / "merged", max_erased=1.0)
+    part = make_adapter(base, tmp_path / "part", Case())
+    path = part.path / "adapter_model.safetensors"
+    tensors = read_tensors(path)
+    name = next(key for key in tensors if "lora_B" in key)
+    write_tensors(path, tensors | {name: torch.zeros_like(tensors[name])})
+    seal(part.path, part.manifest)
+    with pytest.raises(CheckFailed, match="1 of 14 tensors not"):
+        merge(base, [part.path], tmp_path / "merged", max_erased=1.0)
+    assert leaves_nothing(tmp_path)
+
+
+def test_a_head_below_the_precision_of_the_dtype_is_found_too(tmp_path, bases):
+    base = bases("vit", torch.bfloat16)
+    options = {"modules_to_save": ("classifier",)}
+    adapter = make_adapter(base, tmp_path / "adapter", Case("vit", options=options))
+    path = adapter.path / "adapter_model.safetensors"
+    tensors = read_tensors(path)
+    stored = read_tensors(base)["classifier.weight"].float()
+    name = next(key for key in tensors if key.endswith("classifier.weight"))
+    write_tensors(path, tensors | {name: stored * (1 + 2.0**-11)})
+    seal(adapter.path, adapter.manifest)
+    with pytest.raises(CheckFailed, match=r"classifier\.weight"):
+        merge(base, [adapter.path], tmp_path / "merged")
 
 
 def test_the_wrong_base_is_refused(tmp_path, bases):
