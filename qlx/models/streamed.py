@@ -43,7 +43,7 @@ def streamed_model(directory: Path, task: Task) -> nn.Module:
         model: nn.Module = auto_class(task).from_config(
             model_config(directory, task), dtype=torch.float32
         )
-    files = _Files(open_weights(directory), _stored_names(model, directory))
+    files = _Files.of(open_weights(directory), _stored_names(model, directory))
     names = tensor_names(model, directory)
     for name, buffer in model.named_buffers():
         if name in names:
@@ -97,10 +97,21 @@ def _stored_names(model: nn.Module, directory: Path) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class _Files:
-    """The weights, and which of them each parameter is."""
+    """The weights, and which of them each parameter is; two pieces of memory serve all layers."""
 
     weights: WeightSet
     names: Mapping[int, str]
+    stored: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, weights: WeightSet, names: Mapping[int, str]) -> "_Files":
+        widest = max(
+            (i.count // (i.shape[0] if i.shape else 1) for i in weights.values() if i.count),
+            default=1,
+        )
+        size = max(PIECE, widest)
+        return cls(weights, names, torch.empty(8 * size, dtype=torch.uint8), torch.empty(size))
 
     def name_of(self, parameter: Tensor) -> str:
         return self.names[id(parameter)]
@@ -111,6 +122,11 @@ class _Files:
 
     def rows(self, name: str, rows: slice) -> Tensor:
         return read_rows(self.weights, name, rows).float()
+
+    def piece(self, name: str, rows: slice) -> Tensor:
+        """Some rows in fp32, good until the next piece is read."""
+        found = read_rows(self.weights, name, rows, self.stored)
+        return self.values[: found.numel()].view_as(found).copy_(found)
 
 
 def _stream(module: nn.Module, files: _Files) -> None:
@@ -131,7 +147,7 @@ def _linear(module: nn.Linear, files: _Files) -> Callable[[Tensor], Tensor]:
 
     def forward(inputs: Tensor) -> Tensor:
         cuts = (slice(at, min(at + step, total)) for at in range(0, total, step))
-        parts = [functional.linear(inputs, files.rows(name, rows)) for rows in cuts]
+        parts = [functional.linear(inputs, files.piece(name, rows)) for rows in cuts]
         outputs = torch.cat(parts, dim=-1)
         return outputs if bias is None else outputs + bias
 

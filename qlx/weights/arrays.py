@@ -106,8 +106,12 @@ def read_tensor(weights: WeightSet, name: str) -> "torch.Tensor":
     return flat.reshape(info.shape)
 
 
-def read_rows(weights: WeightSet, name: str, rows: slice) -> "torch.Tensor":
+def read_rows(
+    weights: WeightSet, name: str, rows: slice, into: "torch.Tensor | None" = None
+) -> "torch.Tensor":
     """Some rows (along the first axis; a scalar has one) of a tensor, in its own dtype.
+
+    `into` is a uint8 tensor [n] that is used for their memory, n being large enough.
 
     Raises:
         CorruptCheckpoint: the file has become shorter.
@@ -116,12 +120,13 @@ def read_rows(weights: WeightSet, name: str, rows: slice) -> "torch.Tensor":
 
     info, path = weights[name], weights.path_of(name)
     shape = info.shape or (1,)
-    tensor = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=torch_dtype(info.dtype))
-    begin = info.begin + info.nbytes // max(1, shape[0]) * rows.start
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    row = info.nbytes // max(1, shape[0])
+    begin, size = info.begin + row * rows.start, row * (rows.stop - rows.start)
+    memory = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
+    flat: Any = memory.numpy()
     with open(path, "rb", buffering=0) as file:
         read_into(file.fileno(), memoryview(flat), begin, f"{path}: ended inside tensor {name!r}")
-    return tensor
+    return memory.view(torch_dtype(info.dtype)).reshape(rows.stop - rows.start, *shape[1:])
 
 
 def read_into(descriptor: int, view: memoryview, begin: int, what: str) -> None:
