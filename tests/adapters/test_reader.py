@@ -5,7 +5,14 @@ import json
 import pytest
 import torch
 
-from qlx.adapters import read_adapter, read_config
+from qlx.adapters import (
+    delta_shape,
+    delta_weight,
+    read_adapter,
+    read_config,
+    split_experts,
+    with_rows,
+)
 from qlx.adapters.config import pattern_matches
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, UnsafeInput, Unsupported
 from qlx.weights import read_tensors, write_tensors
@@ -216,3 +223,134 @@ def test_reading_does_not_change_the_tensors(tmp_path):
     adapter = read_adapter(directory)
     stored = read_tensors(directory / "adapter_model.safetensors")
     assert torch.equal(adapter.deltas["h.0.q_proj"].a, stored[P + "h.0.q_proj.lora_A.weight"])
+
+
+# Embedding rows, bare parameters and fused experts
+
+E = P + "h.0.mlp.experts."
+
+
+def experts(count=3, rank=4, gate_up=24, inner=12, width=16):
+    torch.manual_seed(1)
+    return {
+        E + "base_layer.lora_A.weight": torch.randn(count * rank, width),
+        E + "base_layer.lora_B.weight": torch.randn(gate_up, count * rank),
+        E + "lora_A.weight": torch.randn(count * rank, inner),
+        E + "lora_B.weight": torch.randn(width, count * rank),
+    }
+
+
+BOTH = {"target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]}
+
+
+def test_nested_parameters_are_told_apart(tmp_path):
+    adapter = read_adapter(write(tmp_path / "a", weights=experts(), **BOTH))
+    assert {name: delta.kind for name, delta in adapter.deltas.items()} == {
+        "h.0.mlp.experts.gate_up_proj": "experts",
+        "h.0.mlp.experts.down_proj": "experts",
+    }
+    delta = adapter.deltas["h.0.mlp.experts.gate_up_proj"]
+    assert (delta.experts, delta.rank, delta.scaling) == (3, 4, 3)
+    assert delta_shape(delta) == (3, 24, 16)
+
+
+def test_fused_experts_come_apart_as_peft_multiplies_them(tmp_path):
+    """PEFT: einsum of B as [out, r, experts] and A as [experts, r, in]."""
+    adapter = read_adapter(write(tmp_path / "a", weights=experts(), **BOTH))
+    delta = adapter.deltas["h.0.mlp.experts.gate_up_proj"]
+    a, b = delta.a.reshape(3, 4, 16), delta.b.reshape(24, 4, 3)
+    wanted = torch.einsum("o r e, e r i -> e o i", b, a) * 3
+    assert torch.allclose(delta_weight(delta), wanted, atol=1e-5)
+    shapes = {}
+    for expert in range(3):
+        for part, shape in (
+            ("gate_proj", (12, 16)),
+            ("up_proj", (12, 16)),
+            ("down_proj", (16, 12)),
+        ):
+            shapes[f"h.0.mlp.experts.{expert}.{part}.weight"] = shape
+    parts = split_experts(delta, shapes)
+    assert len(parts) == 6
+    for expert in range(3):
+        for part, rows in (("gate_proj", slice(0, 12)), ("up_proj", slice(12, 24))):
+            found = delta_weight(parts[f"h.0.mlp.experts.{expert}.{part}.weight"])
+            assert torch.allclose(found, wanted[expert, rows], atol=1e-5)
+    for spoil, words in (
+        ({"h.0.mlp.experts.3.gate_proj.weight": (12, 16)}, "more experts"),
+        ({"h.0.mlp.experts.2.up_proj.weight": (11, 16)}, "24 rows, the base 23"),
+    ):
+        with pytest.raises(Mismatch, match=words):
+            split_experts(delta, shapes | spoil)
+    with pytest.raises(Mismatch, match="lacks"):
+        split_experts(delta, {k: v for k, v in shapes.items() if ".2.up_proj" not in k})
+    with pytest.raises(Unsupported, match="single experts"):
+        split_experts(delta, {"h.0.mlp.experts.gate_up_proj": (3, 24, 16)})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "words"),
+    [
+        (["experts.gate_up_proj"], Unsupported, "which of the target_parameters"),
+        (["experts.one", "experts.two"], Unsupported, "which of the target_parameters"),
+        (["q_proj.weight"], Unsupported, "which of the target_parameters"),
+        (["weight"], Unsupported, "without the module"),
+    ],
+)
+def test_parameters_that_cannot_be_told_apart_are_refused(tmp_path, parameters, error, words):
+    with pytest.raises(error, match=words):
+        read_adapter(write(tmp_path / "a", weights=experts(), target_parameters=parameters))
+
+
+def test_experts_of_another_rank_are_refused(tmp_path):
+    with pytest.raises(Mismatch, match="rank 5"):
+        read_adapter(write(tmp_path / "a", weights=experts(), r=5, **BOTH))
+
+
+def test_named_parameters_and_tokens_must_be_there(tmp_path):
+    with pytest.raises(Mismatch, match=r"target_parameters is 'c\.x', but none"):
+        read_adapter(write(tmp_path / "a", target_parameters=["c.x"]))
+    with pytest.raises(Mismatch, match="trainable_token_indices"):
+        read_adapter(write(tmp_path / "b", trainable_token_indices=[1, 2]))
+
+
+ROWS = P + "embed.token_adapter.trainable_tokens_delta"
+
+
+def with_tokens(rows=2):
+    kept = {key: value for key, value in tensors().items() if "embed" not in key}
+    return kept | {ROWS: torch.ones(rows, 8)}
+
+
+def test_trained_tokens_replace_their_rows(tmp_path):
+    adapter = read_adapter(
+        write(tmp_path / "a", weights=with_tokens(), trainable_token_indices=[7, 2])
+    )
+    rows = adapter.rows["embed"]
+    assert rows.indices == (7, 2)
+    base = torch.zeros(9, 8)
+    changed = with_rows(base, rows)
+    assert changed.sum(1).tolist() == [0, 0, 8, 0, 0, 0, 0, 8, 0]
+    assert not base.any()
+    for other in (torch.zeros(7, 8), torch.zeros(9, 6)):
+        with pytest.raises(Mismatch, match="replaces row 7 of width 8"):
+            with_rows(other, rows)
+    named = write(tmp_path / "b", weights=with_tokens(), trainable_token_indices={"embed": [0, 1]})
+    assert read_adapter(named).rows["embed"].indices == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("indices", "error"),
+    [
+        ([1], Mismatch),
+        ([1, 2, 3], Mismatch),
+        ([1, 1], CorruptCheckpoint),
+        ([1, -2], CorruptCheckpoint),
+        ({"other": [1, 2]}, Mismatch),
+        ({"embed": []}, CorruptCheckpoint),
+        ("all", CorruptCheckpoint),
+        (None, Mismatch),
+    ],
+)
+def test_tokens_that_do_not_agree_with_their_rows_are_refused(tmp_path, indices, error):
+    with pytest.raises(error):
+        read_adapter(write(tmp_path / "a", weights=with_tokens(), trainable_token_indices=indices))

@@ -96,5 +96,28 @@ def test_another_scaling_breaks_both_checks(tmp_path, bases, kind):
     assert worst_excess(made, read_tensors(base)) > 1
 
 
+PLAIN = (
+    ("LoRA", "vit"),
+    ("transposed and plain layers together", "gpt2"),
+    ("tied: embedding and head", "qwen3"),
+    ("tied: trained tokens", "llama"),
+    ("`target_parameters`: router and experts, with patterns", "mixtral"),
+    ("`target_modules: all-linear`", "qwen3_moe"),
+    ("PiSSA, converted by PEFT", "llama"),
+)
+
+
+@pytest.mark.parametrize(("name", "kind"), PLAIN)
+def test_a_plain_directory_merges_to_the_same_tensors(tmp_path, bases, name, kind):
+    """As people have them: what PEFT saved, without any record of ours."""
+    feature = next(feature for feature in FEATURES if feature.name == name)
+    base = bases(kind, "fp32", feature.tied)
+    made = make(base, tmp_path, kind, feature, oracle=False)
+    recorded = read_tensors(merge(base, [made.adapter.path], tmp_path / "recorded").path)
+    plain = read_tensors(merge(base, [tmp_path / "peft"], tmp_path / "plain").path)
+    assert plain.keys() == recorded.keys()
+    assert all(torch.equal(plain[name], recorded[name]) for name in plain)
+
+
 def test_the_document_is_current():
     assert DOCUMENT.read_text() == document(), "run python -m tests.merging.matrix"
