@@ -30,6 +30,12 @@ from qlx.cli.session import Session
     help="Data type of the merged weights (default: each tensor keeps the type it has in the base).",
 )
 @click.option(
+    "--allow-erased",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Accept that rounding to 16 bits loses up to this share of the adapter's change.",
+)
+@click.option(
     "--combine",
     "method",
     type=click.Choice(
@@ -58,6 +64,7 @@ def command(
     force: bool,
     onto: Literal["as-trained", "original"] | None,
     dtype: str | None,
+    allow_erased: float | None,
     method: str | None,
     weights: tuple[float, ...],
     density: float | None,
@@ -68,7 +75,7 @@ def command(
     The probe is replayed on the result before it appears. The base defaults to the recorded one.
     """
     from qlx.cli import render
-    from qlx.merging import chosen_combination, merge
+    from qlx.merging import MAX_ERASED, chosen_combination, merge
 
     merged = merge(
         base,
@@ -77,7 +84,8 @@ def command(
         onto=onto,
         dtype=dtype,
         force=force,
+        max_erased=MAX_ERASED if allow_erased is None else allow_erased,
         combination=chosen_combination(method, weights, density, seed),
         report=session.report,
     )
-    session.emit(render.checkpoint_data(merged), render.print_made)
+    session.emit(render.merge_data(merged), render.print_merged)

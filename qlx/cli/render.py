@@ -62,6 +62,19 @@ def print_made(console: "Console", data: Mapping[str, Any]) -> None:
     _print_results(console, data["results"])
 
 
+def merge_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a merge reports: the checkpoint, and the share of the adapter that rounding erased."""
+    share = checkpoint.manifest.lineage[-1].options.get("erased_share")
+    return {**checkpoint_data(checkpoint), "erased_share": share}
+
+
+def print_merged(console: "Console", data: Mapping[str, Any]) -> None:
+    """As for any checkpoint, and one line on what rounding erased."""
+    print_made(console, data)
+    if data["erased_share"] is not None:
+        console.print(f"lost to rounding: {data['erased_share']:.3%} of the adapter's change")
+
+
 def _print_results(console: "Console", results: Sequence[Mapping[str, Any]]) -> None:
     if not results:
         return

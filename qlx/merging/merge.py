@@ -95,7 +95,7 @@ def merge(
             copy_companions(staging, source.path, adapter.path)
             write_config(staging, {**read_config(adapter.path), **plan.config}, main_dtype(plan))
             carry_probe(adapter, staging)
-            manifest = _manifest(adapter, source, plan, erased, len(written.roundings))
+            manifest = _manifest(adapter, source, plan, erased, len(written.roundings), max_erased)
             tell("replaying the probe on the merged files")
             done = _finish(staging, manifest, adapter, source, plan, written.files)
     return Checkpoint(Path(output), done.manifest, done.digest)
@@ -219,15 +219,22 @@ def _plan(
 
 
 def _manifest(
-    adapter: Checkpoint, source: Source, plan: MergePlan, erased: float, adapted: int
+    adapter: Checkpoint,
+    source: Source,
+    plan: MergePlan,
+    erased: float,
+    adapted: int,
+    max_erased: float,
 ) -> Manifest:
-    options = {
+    options: dict[str, object] = {
         "onto": plan.onto,
         "dtype": main_dtype(plan),
         "exact": plan.exact,
         "adapted_tensors": adapted,
         "erased_share": float(f"{erased:.3g}"),
     }
+    if max_erased > MAX_ERASED:
+        options["max_erased"] = max_erased  # the retention gate follows what was allowed
     step = next_step("merge", parents=(adapter.digest, source.fingerprint), options=options)
     manifest = adapter.manifest
     return manifest.with_step(step, kind="merged", tag=f"{manifest.tag}_merged", files={})

@@ -191,7 +191,8 @@ def reference_thresholds(manifest: Manifest, native: float | None, has_base: boo
 
     `native` is the relative error that the unmerged model itself makes in training's compute
     dtype (None: unknown); a step that rounds to 16 bits may make twice that, or the dtype's own
-    bound, whichever is larger. Packed and onto-original checkpoints are judged by retention, which
+    bound, whichever is larger; where the user allowed a merge to erase more, the gate on retention
+    gives way by as much. Packed and onto-original checkpoints are judged by retention, which
     exists where the probe holds the base's outputs (`has_base`).
     """
     lossy = lossy_steps(manifest)
@@ -244,7 +245,8 @@ def _rounded(lossy: tuple[Step, ...], native: float | None, has_base: bool) -> T
     bound = max(
         ROUNDING_GROWTH * max(UNIT_ROUNDOFF[dtype] for dtype in dtypes), 2 * (native or 0.0)
     )
-    kept = DEFAULT_MIN_RETENTION if has_base else None
+    allowed = max(_number(step, "max_erased", 0.0) for step in lossy)
+    kept = min(DEFAULT_MIN_RETENTION, 1.0 - allowed) if has_base else None
     return Thresholds(f"rounded to {', '.join(dtypes)}", bound, top1_decided=1.0, retention=kept)
 
 
