@@ -134,7 +134,7 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
     """
     peft = require("peft", "train")
     directory = Path(directory)
-    read_adapter(directory)
+    _require_same_shapes(model, read_adapter(directory).saved, directory)
     try:
         loaded = peft.PeftModel.from_pretrained(
             model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
@@ -146,6 +146,19 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
         ) from error
     _check_loaded(loaded, directory)
     return loaded.train(trainable)
+
+
+def _require_same_shapes(
+    model: nn.Module, saved: Mapping[str, torch.Tensor], directory: Path
+) -> None:
+    """Check that the parameters the adapter brings whole have the shapes of the base's."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, value in saved.items():
+        if name in shapes and shapes[name] != value.shape:
+            raise Mismatch(
+                f"{directory}: {name!r} is {list(value.shape)} here and {list(shapes[name])} in the base: "
+                "the vocabulary or head was resized before training; resize the base alike and give that one"
+            )
 
 
 def _check_loaded(peft_model: Any, directory: Path) -> None:

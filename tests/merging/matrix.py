@@ -208,7 +208,7 @@ FEATURES = (
         "resized vocabulary",
         every(UNTIED),
         resized=True,
-        note="embedding and head are in the adapter's file",
+        note="from its record; a plain PEFT directory needs a base resized alike",
     ),
     Feature(
         "tied: resized vocabulary", every(LANGUAGE), tied=True, resized=True, note="stays tied"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlx.checkpoint import seal
-from qlx.errors import CheckFailed
+from qlx.errors import CheckFailed, Mismatch
 from qlx.merging import merge
 from qlx.verification import verify
 from qlx.weights import read_tensors
@@ -117,6 +117,15 @@ def test_a_plain_directory_merges_to_the_same_tensors(tmp_path, bases, name, kin
     plain = read_tensors(merge(base, [tmp_path / "peft"], tmp_path / "plain").path)
     assert plain.keys() == recorded.keys()
     assert all(torch.equal(plain[name], recorded[name]) for name in plain)
+
+
+def test_a_plain_directory_with_another_vocabulary_says_what_to_do(tmp_path, bases):
+    feature = next(feature for feature in FEATURES if feature.name == "resized vocabulary")
+    base = bases("llama", "fp32", False)
+    make(base, tmp_path, "llama", feature, oracle=False)
+    with pytest.raises(Mismatch, match="resize the base alike"):
+        merge(base, [tmp_path / "peft"], tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 def test_the_document_is_current():
