@@ -86,6 +86,8 @@ def train(
     packed = recipe.quantization.backend if recipe.quantization else "qlx"
     for module in (
         "transformers",
+        "accelerate",
+        "matplotlib",  # the report's; better missed now than after the training
         "peft" if recipe.adapter else "torch",
         "torch" if packed == "qlx" else packed,
     ):
