@@ -83,9 +83,8 @@ def test_cell(tmp_path, bases, feature, kind, dtype):
 def test_another_scaling_breaks_both_checks(tmp_path, bases, kind):
     """Negative control: the oracle and the probe must see an alpha that is a fifth too large."""
     base = bases(kind, "fp32", False)
-    feature = next(
-        f for f in FEATURES if f.name == ("LoRA" if kind != "mixtral" else FEATURES[31].name)
-    )
+    name = "`target_parameters`: fused experts" if kind == "mixtral" else "LoRA"
+    feature = next(feature for feature in FEATURES if feature.name == name)
     made = make(base, tmp_path, kind, feature)
     path = made.adapter.path / "adapter_config.json"
     fields = json.loads(path.read_text())
