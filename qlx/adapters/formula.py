@@ -61,9 +61,14 @@ class LoraDelta:
         return self.a.shape[0] // self.experts
 
     @property
+    def crosses_rows(self) -> bool:
+        """Whether the rows of the stored weight are inputs, so that an output runs across them."""
+        return self.kind == "embedding" or self.fan_in_fan_out
+
+    @property
     def _out_axis(self) -> int:
         """The axis of the stored weight that counts outputs, along which DoRA has magnitudes."""
-        return 1 if self.kind == "embedding" or self.fan_in_fan_out else 0
+        return 1 if self.crosses_rows else 0
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,9 @@ def delta_rows(delta: LoraDelta, rows: slice) -> LoraDelta | None:
     They do where DoRA takes a norm across them (embeddings, transposed weights), and in the fused
     parameter of several experts.
     """
-    across = delta._out_axis == 1
-    if delta.kind == "experts" or (across and delta.magnitude is not None):
+    if delta.kind == "experts" or (delta.crosses_rows and delta.magnitude is not None):
         return None
-    if across:
+    if delta.crosses_rows:
         return replace(delta, a=delta.a[:, rows], bias=None)
     magnitude = None if delta.magnitude is None else delta.magnitude[rows]
     return replace(delta, b=delta.b[rows], magnitude=magnitude, bias=None)

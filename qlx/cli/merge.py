@@ -56,6 +56,12 @@ from qlx.cli.session import Session
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of dare_linear and dare_ties."
 )
+@click.option(
+    "--max-ram",
+    metavar="SIZE",
+    help="Memory the whole process may take, such as 2GB (default: no limit).",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be done and taken; write nothing.")
 def command(
     session: Session,
     base: str | None,
@@ -69,14 +75,26 @@ def command(
     weights: tuple[float, ...],
     density: float | None,
     seed: int,
+    max_ram: str | None,
+    dry_run: bool,
 ) -> None:
     """Merge an adapter, or several combined, into their base.
 
-    The probe is replayed on the result before it appears. The base defaults to the recorded one.
+    The probe is replayed on the result before it appears, layer by layer where the model is large.
+    The base defaults to the recorded one.
     """
     from qlx.cli import render
-    from qlx.merging import MAX_ERASED, chosen_combination, merge
+    from qlx.merging import MAX_ERASED, chosen_combination, merge, outline
+    from qlx.planning import parse_bytes
 
+    limit = parse_bytes(max_ram) if max_ram else None
+    combination = chosen_combination(method, weights, density, seed)
+    if dry_run:
+        plan = outline(
+            base, list(adapters), onto=onto, dtype=dtype, combination=combination, max_ram=limit
+        )
+        session.emit(render.outline_data(plan, limit), render.print_outline)
+        return
     merged = merge(
         base,
         list(adapters),
@@ -85,7 +103,8 @@ def command(
         dtype=dtype,
         force=force,
         max_erased=MAX_ERASED if allow_erased is None else allow_erased,
-        combination=chosen_combination(method, weights, density, seed),
+        combination=combination,
+        max_ram=limit,
         report=session.report,
     )
     session.emit(render.merge_data(merged), render.print_merged)

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qlx.cli.trial import Trial
+    from qlx.merging import Outline
     from qlx.training import DryRun
     from qlx.verification import EvalResult, Report
 
     Rows = Sequence[Sequence[str]]
 
+_OUTLINED = ("read", "copied", "rewritten", "held", "working", "floor", "proof_bytes")
 # The distances of a replay worth a column, in this order, where they were measured.
 _SHOWN = ("relative", "max_abs", "kl_mean", "top1", "retention")
 
@@ -63,16 +65,46 @@ def print_made(console: "Console", data: Mapping[str, Any]) -> None:
 
 
 def merge_data(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a merge reports: the checkpoint, and the share of the adapter that rounding erased."""
-    share = checkpoint.manifest.lineage[-1].options.get("erased_share")
-    return {**checkpoint_data(checkpoint), "erased_share": share}
+    """What a merge reports: the checkpoint, the share that rounding erased, how it was proven."""
+    options = checkpoint.manifest.lineage[-1].options
+    told = {name: options.get(name) for name in ("erased_share", "proof", "checked_rows")}
+    return {**checkpoint_data(checkpoint), **told}
 
 
 def print_merged(console: "Console", data: Mapping[str, Any]) -> None:
-    """As for any checkpoint, and one line on what rounding erased."""
+    """As for any checkpoint, one line on what rounding erased, one on how it was proven."""
     print_made(console, data)
     if data["erased_share"] is not None:
         console.print(f"lost to rounding: {data['erased_share']:.3%} of the adapter's change")
+    if data["checked_rows"] is not None:
+        console.print(
+            f"checked by {data['checked_rows']} rows computed again in fp64, because the model could "
+            "not be run in the memory there was; run `qlx verify` where it can"
+        )
+    elif data["proof"] is not None:
+        console.print(f"checked by {data['proof']}")
+
+
+def outline_data(outline: "Outline", limit: int | None) -> dict[str, Any]:
+    """A dry run of a merge: tensors, bytes, memory, threads, seconds, and how it would be proven."""
+    figures = asdict(outline.figures)
+    rest = {"onto": outline.onto, "dtype": outline.dtype, "in_place": outline.in_place}
+    proof = {"proof": outline.proof, "proof_bytes": outline.proof_bytes}
+    return {**rest, **figures, **proof, "max_ram": limit}
+
+
+def print_outline(console: "Console", data: Mapping[str, Any]) -> None:
+    """The dry run as lines."""
+    size = {name: format_bytes(data[name]) for name in _OUTLINED}
+    console.print(f"onto the {data['onto']} base, written as {data['dtype']}; nothing was written")
+    console.print(f"  tensors  {data['touched']} of {data['tensors']} change")
+    console.print(f"  bytes    {size['read']} read, {size['copied']} copied by the kernel, "
+                  f"{size['rewritten']} computed and written")  # fmt: skip
+    console.print(f"  memory   {size['held']} held, {size['working']} to work in on "
+                  f"{data['threads']} threads; --max-ram can be as low as {size['floor']}")  # fmt: skip
+    console.print(f"  time     about {data['seconds']:.1f} s of all threads, if the disk keeps up")
+    console.print(f"  proof    {data['proof']}, {size['proof_bytes']} more while it lasts")
+    console.print("  left to the merge: that the base is the recorded one, which takes reading it")
 
 
 def _print_results(console: "Console", results: Sequence[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from qlx.merging.blocks import merged_value
 from qlx.merging.change import Change
 from qlx.merging.combine import Combination, chosen_combination, combine
 from qlx.merging.engine import Written, write_merge
-from qlx.merging.merge import adapter_checkpoint, merge, plan_of
+from qlx.merging.merge import Outline, adapter_checkpoint, merge, outline, plan_of
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.values import (
     MAX_ERASED,
@@ -21,6 +21,7 @@ __all__ = [
     "Combination",
     "MergePlan",
     "Onto",
+    "Outline",
     "Rounding",
     "Written",
     "adapter_checkpoint",
@@ -33,6 +34,7 @@ __all__ = [
     "erased_share",
     "merge",
     "merged_value",
+    "outline",
     "plan_merge",
     "plan_of",
     "write_merge",

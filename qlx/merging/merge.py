@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlx.adapters import read_adapter, read_peft_type
@@ -20,6 +20,7 @@ from qlx.checkpoint import (
     require_base,
 )
 from qlx.errors import InputRefused, Unsupported, UsageError
+from qlx.merging.budget import Estimate, estimate, threads_within
 from qlx.merging.coded import open_base
 from qlx.merging.combine import Combination, combine
 from qlx.merging.companions import (
@@ -31,12 +32,13 @@ from qlx.merging.companions import (
 )
 from qlx.merging.engine import write_merge
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
+from qlx.merging.proof import Proof, proof_bytes, proofs_within, prove_merge
 from qlx.merging.values import MAX_ERASED, check_codes, check_effect, require_codes
 from qlx.models import STORED_DTYPE
-from qlx.verification import base_of, needs_base, prove, replay
+from qlx.verification import base_of, needs_base, replay
 from qlx.verification.base import find_base
 
-__all__ = ["adapter_checkpoint", "merge", "plan_of"]
+__all__ = ["Outline", "adapter_checkpoint", "merge", "outline", "plan_of"]
 
 
 def merge(
@@ -49,6 +51,7 @@ def merge(
     force: bool = False,
     max_erased: float = MAX_ERASED,
     combination: Combination | None = None,
+    max_ram: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Fold one adapter or several into their base's weights and prove on the probe that nothing changed.
@@ -57,13 +60,15 @@ def merge(
     the record says how the base was quantized: exactly the tensors quantized in training go
     through their codec first) or `original`. `dtype` is float32, bfloat16, float16 or None to keep
     each tensor's own. Several adapters are combined first, exactly (`cat`, weights 1) unless
-    `combination` says otherwise.
+    `combination` says otherwise. `max_ram` limits the memory of the whole process, in bytes: fewer
+    threads work, and the check is one that fits (see `qlx.merging.proof`).
 
     Raises:
         Mismatch: adapter, base and records do not belong together.
         Unsupported: the adapter uses a feature that cannot be merged.
         CheckFailed: the adapter has no effect, rounding erases more than `max_erased` of it, or
             the merged model's outputs differ from the unmerged one's.
+        NoRoom: the disk or `max_ram` is too small; the message says what is needed.
     """
     tell = report or (lambda line: None)
     foreign = _other_kind(adapter_dirs)
@@ -83,11 +88,12 @@ def merge(
         )
     with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
         source, plan = _planned(adapter, base, onto, dtype, recorded)
+        threads = threads_within(plan, max_ram)
         tell(
             f"merging {len(plan.changes)} of {len(plan.weights)} tensors onto the {plan.onto} base"
         )
         with new_checkpoint(output, force=force) as staging:
-            written = write_merge(plan, staging)
+            written = write_merge(plan, staging, workers=threads)
             source = replace(source, known=written.fingerprint)
             require_base(adapter.manifest, source)
             check_codes(plan, written.codes)
@@ -96,8 +102,9 @@ def merge(
             write_config(staging, {**read_config(adapter.path), **plan.config}, main_dtype(plan))
             carry_probe(adapter, staging)
             manifest = _manifest(adapter, source, plan, erased, len(written.roundings), max_erased)
-            tell("replaying the probe on the merged files")
-            done = _finish(staging, manifest, adapter, source, plan, written.files)
+            proofs = proofs_within(plan, max_ram)
+            tell(f"checking the merged files: {proofs[0]}")
+            done = _finish(staging, manifest, adapter, source, plan, written.files, proofs)
     return Checkpoint(Path(output), done.manifest, done.digest)
 
 
@@ -112,6 +119,48 @@ def _other_kind(paths: Sequence[Path]) -> str | None:
     if other is not None and len(paths) > 1:
         raise Unsupported(f"a {other} adapter cannot be combined with others; merge it alone")
     return other
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A merge that is not made: what it would do and take, and how it would be proven."""
+
+    onto: Onto
+    dtype: str
+    in_place: bool
+    figures: Estimate
+    proof: Proof
+    proof_bytes: int
+
+
+def outline(
+    base: str | Path | None,
+    adapter_dirs: Sequence[Path],
+    *,
+    onto: Onto | None = None,
+    dtype: str | None = None,
+    combination: Combination | None = None,
+    max_ram: int | None = None,
+) -> Outline:
+    """Plan `merge` with the same arguments and stop there: nothing is written.
+
+    The weights of the base are not read, so that it is the recorded one, and quantizes to the
+    recorded codes, is left to the merge.
+
+    Raises:
+        Mismatch, Unsupported, NoRoom: as `merge`, as far as headers and records tell.
+    """
+    with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
+        _, plan = _planned(adapter, base, onto, dtype, recorded)
+        proof = proofs_within(plan, max_ram)[0]
+        return Outline(
+            onto=plan.onto,
+            dtype=main_dtype(plan),
+            in_place=plan.in_place,
+            figures=estimate(plan, max_ram),
+            proof=proof,
+            proof_bytes=proof_bytes(plan, proof),
+        )
 
 
 @contextmanager
@@ -247,14 +296,15 @@ def _finish(
     source: Source,
     plan: MergePlan,
     known: Mapping[str, FileEntry],
+    proofs: Sequence[Proof],
 ) -> Checkpoint:
-    """Replay the merged files; those on the original base must agree with the adapter run on it."""
-    if manifest.probe is None:
-        raise InputRefused(
-            f"{adapter.path}: carries no probe, so the merge could not be checked; make one with save-adapter"
-        )
+    """Prove the merged files; those on the original base must agree with the adapter run on it.
+
+    That run needs the base in memory; where it does not fit, the merged files' own outputs are kept.
+    """
     own = None
-    if plan.onto == "original" and plan.spec.quantized and not plan.rounds:
+    original = plan.onto == "original" and plan.spec.quantized and not plan.rounds
+    if original and proofs[0] == "replay":
         unquantized = adapter.manifest.model_copy(update={"quantization": QuantSpec()})
         own = replay(Checkpoint(adapter.path, unquantized, adapter.digest), source)
-    return prove(staging, manifest, own=own, known=known)
+    return prove_merge(staging, manifest, plan, known, proofs=proofs, own=own)

@@ -53,13 +53,11 @@ def streamed_model(directory: Path, task: Task) -> nn.Module:
     return model.eval()
 
 
-def streamed_bytes(directory: Path) -> int:
-    """An upper estimate of what running the weights of a directory this way takes, beyond libraries.
+def streamed_bytes(weights: WeightSet) -> int:
+    """What running weights this way takes in bytes, beyond the libraries.
 
-    The largest tensor that no linear layer or embedding can take by rows is unknown before the
-    architecture is built; a matrix is taken to be such a layer's.
+    A matrix is taken to be that of a linear layer or an embedding, which is read by rows.
     """
-    weights = open_weights(directory)
     others = [info.count for info in weights.values() if len(info.shape) != 2]
     return 4 * (4 * PIECE + 2 * max(others, default=0))
 

@@ -38,7 +38,9 @@ def verify_outputs(
     """
     limits = reference_thresholds(manifest, noise_floor(probe), probe.base is not None)
     limits = tightened(limits, tighten)
-    if not lossy_steps(manifest):
+    lossy = lossy_steps(manifest)
+    never_run = probe.own is None and any("checked_rows" in step.options for step in lossy)
+    if not lossy or never_run:
         return judge("reference", probe, probe.reference, outputs, limits)
     if probe.own is None:
         raise Mismatch(
