@@ -26,7 +26,8 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.weights import write_raw, write_tensors
+from qlx.quant import packed_fingerprint, quantize_tensor
+from qlx.weights import open_weights, read_tensor, write_raw, write_tensors
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -170,6 +171,22 @@ def make_adapter(
         directory, _manifest(base, modules, quant or QuantSpec(extras={"stored_dtype": "float32"}))
     )
     return directory
+
+
+def nf4_spec(base: Path, size: Size) -> QuantSpec:
+    """The record of a training on `base` with all projections in NF4, double quantization."""
+    spec = QuantSpec(
+        method="qlora",
+        weight_bits=4,
+        scheme="nf4",
+        group_size=64,
+        double_quant=True,
+        tensors=tuple(f"{name}.weight" for name in size.modules(LINEAR)),
+        extras={"stored_dtype": "bfloat16"},
+    )
+    weights = open_weights(base)
+    codes = ((name, quantize_tensor(read_tensor(weights, name), spec)) for name in spec.tensors)
+    return spec.model_copy(update={"fingerprint": packed_fingerprint(codes)})
 
 
 def _manifest(base: Path, modules: Iterable[str], quant: QuantSpec) -> Manifest:
