@@ -6,7 +6,7 @@ Training, verification and the runtime all prepare their inputs here, so that no
 from qlx.inputs.batches import Batch, eval_batches, image_batches, pad_batch, text_batches
 from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
 from qlx.inputs.images import PREPROCESSOR_FILE, ImagePreprocessor, open_image
-from qlx.inputs.scoring import Score, negative_log_likelihood
+from qlx.inputs.scoring import Score, log_softmax, negative_log_likelihood
 from qlx.inputs.splits import (
     Encoded,
     ImageSplit,
@@ -45,6 +45,7 @@ __all__ = [
     "image_batches",
     "load_split",
     "load_tokenizer",
+    "log_softmax",
     "negative_log_likelihood",
     "open_image",
     "pad_batch",

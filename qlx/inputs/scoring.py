@@ -10,19 +10,25 @@ from numpy.typing import NDArray
 from qlx.errors import InputRefused
 from qlx.inputs.text import IGNORED
 
-__all__ = ["Score", "negative_log_likelihood"]
+__all__ = ["Score", "log_softmax", "negative_log_likelihood"]
 
 _ROWS = 256
+
+
+def log_softmax(rows: NDArray[Any]) -> NDArray[np.float64]:
+    """The logarithm of softmax over the last axis, in float64, shifted by the maximum."""
+    shifted = rows.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def negative_log_likelihood(logits: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """-log softmax(logits)[label] in float64; logits [rows, classes], labels [rows]."""
     losses = np.empty(len(labels))
     for start in range(0, len(labels), _ROWS):
-        block = logits[start : start + _ROWS].astype(np.float64)
-        block -= block.max(axis=-1, keepdims=True)
+        block = log_softmax(logits[start : start + _ROWS])
         chosen = np.take_along_axis(block, labels[start : start + _ROWS, None], axis=-1)[:, 0]
-        losses[start : start + _ROWS] = np.log(np.exp(block).sum(axis=-1)) - chosen
+        losses[start : start + _ROWS] = -chosen
     return losses
 
 

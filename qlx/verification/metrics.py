@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlx.errors import CheckFailed, Mismatch
+from qlx.inputs import log_softmax
 
 __all__ = [
     "Array",
@@ -20,7 +21,6 @@ __all__ = [
     "Tally",
     "compare",
     "divergence",
-    "log_softmax",
     "margins",
     "rows_of",
 ]
@@ -198,13 +198,6 @@ def rows_of(logits: Array, mask: Array | None, what: str, like: Array | None = N
 def _blocks(rows: Array) -> Iterator[slice]:
     step = max(1, _BLOCK // rows.shape[1])
     return (slice(start, start + step) for start in range(0, len(rows), step))
-
-
-def log_softmax(rows: Array) -> Array:
-    """The logarithm of softmax over the last axis, in float64, shifted by the maximum."""
-    shifted = rows.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def divergence(expected: Array, given: Array) -> Array:

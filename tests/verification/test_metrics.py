@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlx.errors import CheckFailed, Mismatch
-from qlx.verification.metrics import compare, divergence, log_softmax, margins
+from qlx.inputs import log_softmax
+from qlx.verification.metrics import compare, divergence, margins
 
 
 @pytest.fixture
