@@ -65,3 +65,32 @@ def test_the_limit_can_be_made_stricter(made, tmp_path, capsys):
 
 def test_a_share_is_between_nothing_and_all(made, tmp_path, capsys):
     assert merge(made, "strong", tmp_path / "a", "--allow-erased", "2") == 2
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(made, tmp_path, capsys):
+    assert merge(made, "strong", tmp_path / "a", "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "14 of 21 change" in told
+    assert "nothing was written" in told
+    assert merge(made, "strong", tmp_path / "a", "--dry-run", "--json", "--max-ram", "64GB") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["touched"] == len(open_checkpoint(made / "strong").manifest.adapter.tensors)
+    assert data["copied"] + data["rewritten"] == data["read"]
+    assert 0 < data["floor"] <= data["held"] + data["working"]
+    assert data["proof"] == "replay"
+    assert data["max_ram"] == 64 * 10**9
+    assert data["seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_memory_that_cannot_suffice_is_refused_with_the_number(made, tmp_path, capsys, dry):
+    assert merge(made, "strong", tmp_path / "a", "--max-ram", "100MB", *dry) == 5
+    assert "this merge needs " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert merge(made, "strong", tmp_path / "a", "--max-ram", "much", *dry) == 2
+
+
+def test_the_proof_is_named(made, tmp_path, capsys):
+    assert merge(made, "strong", tmp_path / "a") == 0
+    assert "checked by replay" in capsys.readouterr().out
