@@ -44,7 +44,7 @@ def metrics_callback(path: Path, *, resumed_at: int | None) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
     offset = kept[-1]["seconds"] if kept else 0.0
 
-    class Metrics(transformers.TrainerCallback):  # type: ignore[name-defined]
+    class Metrics(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
         started = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -70,7 +70,7 @@ def progress_callback(report: Reporter) -> Any:
     """A trainer callback that reports loss, learning rate, speed and time left about twenty times."""
     transformers = require("transformers", "train")
 
-    class Lines(transformers.TrainerCallback):  # type: ignore[name-defined]
+    class Lines(transformers.TrainerCallback):  # type: ignore[name-defined,misc]
         started = 0.0
         first = 0
         shown = 0

@@ -171,7 +171,7 @@ def image_trainer(model: Any, dataset: ImageDataset, section: TrainingSection, w
     """A transformers Trainer for a classifier."""
     transformers = require("transformers", "train")
 
-    class ImageTrainer(StrictTrainer, transformers.Trainer):  # type: ignore[name-defined]
+    class ImageTrainer(StrictTrainer, transformers.Trainer):  # type: ignore[name-defined,misc]
         pass
 
     arguments = transformers.TrainingArguments(**_arguments(section, work))
@@ -193,7 +193,7 @@ def text_trainer(
     """
     datasets, trl = require("datasets", "train"), require("trl", "train")
 
-    class TextTrainer(StrictTrainer, trl.SFTTrainer):  # type: ignore[name-defined]
+    class TextTrainer(StrictTrainer, trl.SFTTrainer):  # type: ignore[name-defined,misc]
         pass
 
     dataset = datasets.Dataset.from_dict(
