@@ -17,7 +17,9 @@ from qlx.recipe import Recipe
 from qlx.recipe.schema import ArchitectureSection, BaseSection
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-_WHOLE = 4096  # values a scale serves where it serves a whole row or tensor: the cost is next to none
+_WHOLE = (
+    4096  # values a scale serves where it serves a whole row or tensor: the cost is next to none
+)
 
 
 def plan_recipe(recipe: Recipe, *, device: str = "cuda") -> Plan:

@@ -157,7 +157,9 @@ class QuantizationSection(_Section):
             wrong = {"block_size"} & given
             wrong |= {"double_quant"} if self.double_quant else set()
             wrong |= {"mode"} if self.mode == "hf" else set()
-            wrong |= {"activation_bits"} if self.activation_bits and self.weight_bits != 2 else set()
+            wrong |= (
+                {"activation_bits"} if self.activation_bits and self.weight_bits != 2 else set()
+            )
             wrong |= {"symmetric"} if self.weight_bits == 2 and not self.symmetric else set()
         if wrong:
             raise ValueError(f"{min(wrong)} does not apply to quant_type {self.quant_type!r}")
