@@ -3,8 +3,8 @@
     python benchmarks/merge.py                    # a 1.7 GB Llama in bf16, about a minute
     python benchmarks/merge.py --size 8B --only qlx,cp --repeats 1      # 16 GB: memory stays flat
 
-Every measurement is a process of its own, after its imports; the methods take turns, and the table
-gives medians. `wall` depends on what else the machine does, `cpu` (seconds of all threads) does not.
+Every measurement is a process of its own, after its imports; the methods take turns in changing order, and the
+table gives medians. `wall` depends on what else the machine does, `cpu` (seconds of all threads) does not.
 Of qlx, *work* is all of the plan, the hashing of base and result, and the writing; *sync* flushes it
 to the disk, which cp and PEFT leave to the system (so `cp` has a row with it); *proof* runs the
 merged model on its probe, layer by layer. The table goes to standard output, everything to
@@ -165,7 +165,8 @@ def _measured(
 ) -> list[dict[str, Any]]:
     runs = []
     for at in range(arguments.repeats):
-        for method in arguments.only.split(","):
+        methods = arguments.only.split(",")
+        for method in methods[at % len(methods) :] + methods[: at % len(methods)]:
             output = root / "output"
             _warm(made["base"])
             started = os.getloadavg()[0]
