@@ -92,7 +92,8 @@ class _Pair:
 
     def limits(self, has_base: bool) -> Thresholds:
         manifests = self.candidate.manifest, self.reference.manifest
-        return tightened(against_thresholds(*manifests, has_base), self.tighten)
+        floor = None if self.probe is None else noise_floor(self.probe)
+        return tightened(against_thresholds(*manifests, has_base, floor), self.tighten)
 
     def compare_on_probe(self, probe: Probe, *, keep: bool) -> None:
         """Without `keep` only one of the two models is in memory at a time."""

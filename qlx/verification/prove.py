@@ -9,14 +9,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qlx.checkpoint import Checkpoint, FileEntry, Manifest, Probe, bytes_digest, seal, write_probe
+import numpy as np
+
+from qlx.checkpoint import (
+    Checkpoint,
+    FileEntry,
+    Manifest,
+    Probe,
+    Source,
+    bytes_digest,
+    seal,
+    write_probe,
+)
 from qlx.errors import CheckFailed
 from qlx.verification.judge import probe_result, verify_outputs
 from qlx.verification.metrics import Array, Comparison
 from qlx.verification.replay import probe_of, replay
-from qlx.verification.thresholds import Check, lossy_steps
+from qlx.verification.thresholds import UNIT_ROUNDOFF, Check, lossy_steps
 
-__all__ = ["failure_text", "prove", "sealed"]
+__all__ = ["failure_text", "prove", "record_noise", "sealed"]
 
 
 def prove(
@@ -55,6 +66,29 @@ def prove(
         comparisons.pop("own", None)  # they would be compared with themselves
     step = manifest.lineage[-1].command
     return sealed(staging, _with_results(manifest, step, comparisons, checks), known)
+
+
+def record_noise(
+    staging: Path, manifest: Manifest, unmerged: Checkpoint, base: Source | None, dtype: str
+) -> bool:
+    """Put the unmerged model's outputs in a 16-bit dtype into a staged probe, as its noise floor.
+
+    For a merge that was rounded to `dtype` from a training in another. Runs the unmerged model.
+
+    Returns:
+        Whether they were put there; not where the probe has a noise floor already.
+    """
+    from qlx.models import TorchPredictor, load_model, torch_float
+
+    probe = probe_of(Checkpoint(staging, manifest, ""))
+    if probe.native is not None or manifest.probe is None or dtype not in UNIT_ROUNDOFF:
+        return False
+    model = load_model(unmerged, base, compute_dtype=torch_float(dtype))
+    native = TorchPredictor(model, manifest.task).predict(probe.inputs)
+    if not np.isfinite(native[probe.mask] if probe.mask is not None else native).all():
+        return False
+    write_probe(staging / manifest.probe.file, replace(probe, native=native))
+    return True
 
 
 def _with_results(

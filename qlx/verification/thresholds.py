@@ -212,8 +212,12 @@ def reference_thresholds(manifest: Manifest, native: float | None, has_base: boo
     return Thresholds("fp32, the same function as in training", EXACT_TORCH, top1=1.0)
 
 
-def against_thresholds(candidate: Manifest, other: Manifest, has_base: bool) -> Thresholds:
+def against_thresholds(
+    candidate: Manifest, other: Manifest, has_base: bool, native: float | None = None
+) -> Thresholds:
     """Limits for two checkpoints of any kinds compared with each other.
+
+    `native` is the noise floor of their common probe, as in `reference_thresholds`.
 
     Two that went through the same lossy steps (or none) compute the same function, and their
     tolerances add up. Otherwise the one that lost something is judged as against the reference,
@@ -224,7 +228,7 @@ def against_thresholds(candidate: Manifest, other: Manifest, has_base: bool) -> 
         return Thresholds(
             "the same function twice; both tolerances add up", allowed, top1_decided=1.0
         )
-    sides = [reference_thresholds(manifest, None, has_base) for manifest in (candidate, other)]
+    sides = [reference_thresholds(manifest, native, has_base) for manifest in (candidate, other)]
     kept = [side.retention for side in sides if side.retention is not None]
     relative = [side.relative for side in sides if side.relative is not None]
     if len(relative) == 2:
