@@ -52,6 +52,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 """Scales that share one scale of their own under double quantization."""
 
+_CELLS = 1024  # of [-1, 1] in the table of nearest levels
 _TINY = 1e-38  # keeps 1 / absmax finite for a block of zeros
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -233,9 +234,39 @@ def quantize_blocks(flat: Tensor, scheme: Scheme, block_size: int) -> tuple[Tens
         last = flat[full:].abs().max().clamp(min=_TINY)
         absmax = torch.cat([absmax, last[None]])
         scaled.append(flat[full:] / last)
-    midpoints, order = _ascending(scheme)
-    nearest = torch.bucketize(torch.cat(scaled).clamp(-1, 1), midpoints, out_int32=True)
-    return order[nearest], absmax
+    nearest = _nearest(torch.cat(scaled).clamp_(-1, 1), scheme)
+    if scheme == "nf4":  # its codes ascend with their levels
+        return nearest, absmax
+    return _ascending(scheme)[1].index_select(0, nearest.int()), absmax
+
+
+def _nearest(values: Tensor, scheme: Scheme) -> Tensor:
+    """How many midpoints lie below each value in [-1, 1], uint8: the rank of the nearest level.
+
+    A table instead of a search: values are sorted into equal cells, none of which holds more than
+    one midpoint. The map to cells never decreases, so a value in a lower cell than a midpoint's is
+    below it and one in a higher cell above; in the same cell the two are compared.
+    """
+    ranks, midpoints = _cells(scheme)
+    cells = _cell_of(values)
+    above = values > midpoints.index_select(0, cells)
+    return ranks.index_select(0, cells).add_(above.view(torch.uint8))
+
+
+def _cell_of(values: Tensor) -> Tensor:
+    return ((values + 1) * (_CELLS / 2)).int()
+
+
+@cache
+def _cells(scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """For each cell the number of midpoints in lower cells, and its own midpoint or infinity."""
+    midpoints, _ = _ascending(scheme)
+    places = _cell_of(midpoints)
+    assert len(places.unique()) == len(places)
+    ranks = torch.bucketize(torch.arange(_CELLS + 1), places)
+    own = torch.full((_CELLS + 1,), torch.inf)
+    own[places.long()] = midpoints
+    return ranks.to(torch.uint8), own
 
 
 def nest_scales(absmax: Tensor) -> NestedScales:

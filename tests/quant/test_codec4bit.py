@@ -212,3 +212,21 @@ def test_double_quantization_of_millions_of_scales(scheme):
         nested = nest_scales(scales)
         assert same(nested.codes, state[0])
         assert same(nested.absmax, state[1].absmax)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_the_table_of_nearest_levels_agrees_with_a_search_next_to_every_boundary(scheme):
+    from qlx.quant.codec4bit import _CELLS, _ascending, _nearest
+
+    midpoints, _ = _ascending(scheme)
+    edges = torch.cat([midpoints, torch.linspace(-1, 1, _CELLS + 1)])
+    below, above, values = edges, edges, [edges, torch.linspace(-1, 1, 100_001)]
+    for _ in range(20):
+        below = torch.nextafter(below, torch.tensor(-2.0))
+        above = torch.nextafter(above, torch.tensor(2.0))
+        values += [below, above]
+    every = torch.cat(values).clamp(-1, 1)
+    assert torch.equal(_nearest(every, scheme).int(), torch.bucketize(every, midpoints).int())
+    assert not torch.equal(
+        _nearest(every, scheme).int(), torch.bucketize(every, midpoints, right=True).int()
+    )
