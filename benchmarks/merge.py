@@ -104,6 +104,8 @@ say(held, work=work)
 def main() -> int:
     """Generate, measure, print."""
     arguments = _arguments()
+    if arguments.nf4:
+        arguments.targets = "linear"
     root = Path(tempfile.mkdtemp(prefix="qlx-merge-", dir=arguments.directory))
     try:
         made = _generated(root, arguments)
@@ -143,7 +145,7 @@ def _generated(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     free, needed = shutil.disk_usage(root).free, 4 * sum(_count(s) for s in size.shapes().values())
     if free < needed:
         raise SystemExit(f"{root}: {needed} bytes needed, {free} free")
-    leaves = LINEAR if arguments.targets == "linear" or arguments.nf4 else ATTENTION
+    leaves = LINEAR if arguments.targets == "linear" else ATTENTION
     base = make_model(root / "base", size)
     spec = nf4_spec(base, size) if arguments.nf4 else None
     adapter = make_adapter(root / "adapter", base, size, leaves, spec)
