@@ -6,7 +6,15 @@ from math import sqrt
 import pytest
 import torch
 
-from qlx.adapters import LoraDelta, delta_bias, delta_shape, delta_weight, merged_weight, scaling_of
+from qlx.adapters import (
+    LoraDelta,
+    delta_bias,
+    delta_rows,
+    delta_shape,
+    delta_weight,
+    merged_weight,
+    scaling_of,
+)
 from qlx.errors import InputRefused, Mismatch
 
 SHAPES = {
@@ -137,3 +145,29 @@ def test_refusals():
     dora = trained(8, 8, 2, dora=True)
     with pytest.raises(InputRefused, match="all zero"):
         merged_weight(torch.zeros(8, 8), replace(dora, b=torch.zeros_like(dora.b)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "transposed", "dora", "embedding", "conv2d"])
+def test_some_rows_of_an_update_are_those_of_the_whole(kind):
+    delta = trained(24, 40, 4, dora=kind == "dora")
+    if kind == "conv2d":
+        delta = replace(
+            delta, a=delta.a.reshape(4, 10, 2, 2), b=delta.b[:, :, None, None], kind=kind
+        )
+    elif kind == "embedding":
+        delta = replace(delta, kind=kind)
+    elif kind == "transposed":
+        delta = replace(delta, fan_in_fan_out=True)
+    weight = base(delta_shape(delta))
+    whole, rows = merged_weight(weight, delta), slice(5, 17)
+    part = delta_rows(delta, rows)
+    assert torch.allclose(merged_weight(weight[rows], part), whole[rows], rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(
+        merged_weight(weight[rows], delta_rows(delta, slice(6, 18))), whole[rows]
+    )
+
+
+def test_rows_that_depend_on_each_other_are_not_taken_apart():
+    delta = trained(24, 40, 4, dora=True)
+    assert delta_rows(replace(delta, fan_in_fan_out=True), slice(0, 4)) is None
+    assert delta_rows(replace(delta, kind="embedding"), slice(0, 4)) is None
