@@ -61,6 +61,12 @@ class LoraDelta:
         return self.a.shape[0] // self.experts
 
     @property
+    def empty(self) -> bool:
+        """Whether the update is exactly nothing: no factor, magnitude or bias was ever trained."""
+        whole = self.magnitude is None and self.bias is None
+        return whole and not (bool(self.a.any()) and bool(self.b.any()))
+
+    @property
     def crosses_rows(self) -> bool:
         """Whether the rows of the stored weight are inputs, so that an output runs across them."""
         return self.kind == "embedding" or self.fan_in_fan_out

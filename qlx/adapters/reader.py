@@ -59,13 +59,7 @@ class AdapterWeights:
 
     def without_effect(self) -> list[str]:
         """Modules whose update is exactly zero (an untrained adapter: B is zero)."""
-        return [
-            name
-            for name, delta in self.deltas.items()
-            if delta.magnitude is None
-            and delta.bias is None
-            and not (bool(delta.a.any()) and bool(delta.b.any()))
-        ]
+        return [name for name, delta in self.deltas.items() if delta.empty]
 
 
 def read_adapter(directory: Path) -> AdapterWeights:

@@ -68,7 +68,8 @@ def merge_data(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a merge reports: the checkpoint, the share that rounding erased, how it was proven."""
     options = checkpoint.manifest.lineage[-1].options
     told = {name: options.get(name) for name in ("erased_share", "proof", "checked_rows")}
-    return {**checkpoint_data(checkpoint), **told}
+    untouched = options.get("untouched_tensors", [])
+    return {**checkpoint_data(checkpoint), **told, "untouched_tensors": untouched}
 
 
 def print_merged(console: "Console", data: Mapping[str, Any]) -> None:

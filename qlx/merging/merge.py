@@ -33,7 +33,8 @@ from qlx.merging.companions import (
 from qlx.merging.engine import write_merge
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.proof import Proof, proof_bytes, proofs_within, prove_merge
-from qlx.merging.values import MAX_ERASED, check_codes, check_effect, require_codes
+from qlx.merging.record import merge_options, untouched_tensors, untouched_text
+from qlx.merging.values import MAX_ERASED, check_codes, require_codes
 from qlx.models import STORED_DTYPE
 from qlx.verification import base_of, needs_base, replay
 from qlx.verification.base import find_base
@@ -98,11 +99,14 @@ def merge(
             source = replace(source, known=written.fingerprint)
             require_base(adapter.manifest, source)
             check_codes(plan, written.codes)
-            erased = check_effect(written.roundings, max_erased, main_dtype(plan))
+            options = merge_options(plan, written.roundings, max_erased)
+            untouched = untouched_tensors(plan, written.roundings)
+            if untouched:
+                tell(untouched_text(untouched))
             copy_companions(staging, source.path, adapter.path)
             write_config(staging, {**read_config(adapter.path), **plan.config}, main_dtype(plan))
             carry_probe(adapter, staging)
-            manifest = _manifest(adapter, source, plan, erased, len(written.roundings), max_erased)
+            manifest = _manifest(adapter, source, options)
             proofs = proofs_within(plan, max_ram)
             tell(f"checking the merged files: {proofs[0]}")
             done = _finish(staging, manifest, adapter, source, plan, written.files, proofs)
@@ -268,23 +272,7 @@ def _plan(
     )
 
 
-def _manifest(
-    adapter: Checkpoint,
-    source: Source,
-    plan: MergePlan,
-    erased: float,
-    adapted: int,
-    max_erased: float,
-) -> Manifest:
-    options: dict[str, object] = {
-        "onto": plan.onto,
-        "dtype": main_dtype(plan),
-        "exact": plan.exact,
-        "adapted_tensors": adapted,
-        "erased_share": float(f"{erased:.3g}"),
-    }
-    if max_erased > MAX_ERASED:
-        options["max_erased"] = max_erased  # the retention gate follows what was allowed
+def _manifest(adapter: Checkpoint, source: Source, options: dict[str, object]) -> Manifest:
     step = next_step("merge", parents=(adapter.digest, source.fingerprint), options=options)
     manifest = adapter.manifest
     return manifest.with_step(step, kind="merged", tag=f"{manifest.tag}_merged", files={})

@@ -20,19 +20,24 @@ from qlx.adapters import (
     split_experts,
 )
 from qlx.checkpoint import AdapterSpec, Manifest, QuantSpec
-from qlx.errors import Mismatch, Unsupported
+from qlx.errors import CheckFailed, Mismatch, Unsupported
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
 from qlx.merging.tied import EMBEDDINGS, HEAD, Tied, check_vocabulary, settle, tied_embedding
 from qlx.models import STORED_DTYPE, stores_transposed
 from qlx.weights import WeightSet, torch_dtype_name
 
-__all__ = ["FLOATS", "Change", "MergePlan", "Onto", "choose_onto", "plan_merge"]
+__all__ = ["FLOATS", "NO_EFFECT", "Change", "MergePlan", "Onto", "choose_onto", "plan_merge"]
 
 T = TypeVar("T")
 Onto = Literal["as-trained", "original"]
 FLOATS: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The dtypes a merge can write: names as the command takes them, to names in safetensors."""
+NO_EFFECT = (
+    "the adapter changes no tensor: every update in it is zero, as in one that was never trained; "
+    "give another --adapter"
+)
+"""What is said of an adapter without any effect."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class MergePlan:
     """A checked merge: the base's files, the changes by tensor name, and the dtype of all floats.
 
     `cast` is the safetensors dtype that every float tensor is written in, None to keep each one's.
-    `config` holds the fields of `config.json` that the merge changes.
+    `config` holds the fields of `config.json` that the merge changes. `untouched` names the tensors
+    whose update in the adapter is exactly zero: they are in no change of the adapter's.
     """
 
     weights: WeightSet
@@ -49,6 +55,7 @@ class MergePlan:
     changes: Mapping[str, Change]
     cast: str | None
     config: Mapping[str, object] = field(default_factory=dict)
+    untouched: tuple[str, ...] = ()
 
     def dtype_of(self, name: str) -> str:
         """The safetensors dtype that tensor `name` is written in."""
@@ -117,6 +124,7 @@ def plan_merge(
         Mismatch: a target is not in the base, has another shape, or the adapter lacks a module
             that its record lists.
         Unsupported: an update whose meaning is not known, or an unknown dtype.
+        CheckFailed: every update in the adapter is zero.
     """
     if dtype is not None and dtype not in FLOATS:
         raise Unsupported(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
@@ -131,6 +139,8 @@ def plan_merge(
     seen = _seen_otherwise(weights, manifest.quantization) if as_trained else frozenset()
     base = _Base(weights, manifest.adapter, str(config.get("model_type")), _tied(weights, config))
     updates = _updates(base, adapter)
+    if not updates.names:
+        raise CheckFailed(NO_EFFECT)
     cast = None if dtype is None else FLOATS[dtype]
     changes = {
         name: updates.change(name, base, cast, as_trained)
@@ -139,7 +149,7 @@ def plan_merge(
     if base.tied is not None:
         changes = settle(changes, base.tied, head_stored=HEAD in weights)
     fields = _config_fields(weights, changes)
-    return MergePlan(weights, manifest.quantization, onto, changes, cast, fields)
+    return MergePlan(weights, manifest.quantization, onto, changes, cast, fields, updates.untouched)
 
 
 @dataclass(frozen=True)
@@ -179,6 +189,7 @@ class _Updates:
     rows: Mapping[str, TokenRows]
     deltas: Mapping[str, LoraDelta]
     addends: Mapping[str, torch.Tensor]
+    untouched: tuple[str, ...]
 
     @property
     def names(self) -> set[str]:
@@ -232,13 +243,15 @@ def _config_fields(weights: WeightSet, changes: Mapping[str, Change]) -> dict[st
 def _updates(base: _Base, adapter: AdapterWeights) -> _Updates:
     values = _saved(base, adapter)
     rows = {base.name_of(f"{module}.weight"): found for module, found in adapter.rows.items()}
-    deltas = _deltas(base, adapter, values)
+    placed = _deltas(base, adapter, values)
+    untouched = tuple(sorted(name for name, delta in placed.items() if delta.empty))
+    deltas = {name: delta for name, delta in placed.items() if name not in untouched}
     both = sorted(set(rows) & {*deltas, *values})
     if both:
         raise Unsupported(
             f"{both[0]!r}: trained tokens beside another update of it are not handled"
         )
-    return _Updates(values, rows, deltas, _addends(base.weights, deltas, values))
+    return _Updates(values, rows, deltas, _addends(base.weights, deltas, values), untouched)
 
 
 def _seen_otherwise(weights: WeightSet, spec: QuantSpec) -> frozenset[str]:

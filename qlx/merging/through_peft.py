@@ -6,7 +6,7 @@ model just before, so the result is proven as with LoRA. This module is imported
 alone: it takes a whole model in memory, PEFT and transformers, where LoRA's path takes none of them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from qlx.merging.change import Change
 from qlx.merging.companions import copy_companions, main_dtype, read_config, write_config
 from qlx.merging.engine import write_merge
 from qlx.merging.plan import FLOATS, MergePlan
+from qlx.merging.record import merge_options, untouched_tensors, untouched_text
 from qlx.merging.stream import load_tensor
 from qlx.merging.tied import HEAD, tied_embedding
-from qlx.merging.values import check_effect
 from qlx.models import load_base, make_probe, synthetic_inputs, task_of, tensor_names
 from qlx.verification import prove
 from qlx.weights import WeightSet, open_weights, read_tensors
@@ -91,18 +91,22 @@ def merge_through_peft(
     model = load_base(source.path, task)
     names = tensor_names(model, source.path)
     adapted = _attached(model, directory)
-    _require_separate(adapted, names, weights, read_config(source.path))
+    targets = _separate(adapted, names, weights, read_config(source.path))
     report(f"merging {kind} through PEFT in fp32")
     probe = make_probe(adapted, task, synthetic_inputs(task, adapted.config), None, True)
     merged = adapted.merge_and_unload(safe_merge=True)
-    plan = _plan(weights, _changed(merged, names, weights), dtype)
+    plan = _plan(weights, _changed(merged, names, weights), targets, dtype)
     with new_checkpoint(output, force=force) as staging:
         written = write_merge(plan, staging)
-        erased = check_effect(written.roundings, max_erased, main_dtype(plan))
+        options = merge_options(plan, written.roundings, max_erased)
+        untouched = untouched_tensors(plan, written.roundings)
+        if untouched:
+            report(untouched_text(untouched))
         copy_companions(staging, source.path, directory)
         write_config(staging, read_config(source.path), main_dtype(plan))
         write_probe(staging / PROBE_FILE, probe)
-        manifest = _manifest(directory, source, task, kind, plan, erased)
+        options |= {"through": "peft", "peft_type": kind}
+        manifest = _manifest(directory, source, task, kind, options)
         report("replaying the probe on the merged files")
         done = prove(staging, manifest)
     return Checkpoint(Path(output), done.manifest, done.digest)
@@ -142,15 +146,15 @@ def _attached(model: Any, directory: Path) -> Any:
     return adapted
 
 
-def _require_separate(
+def _separate(
     adapted: Any, names: Mapping[str, str], weights: WeightSet, config: Mapping[str, object]
-) -> None:
-    """Check that no adapted module shares its weight with another or lies in pieces on disk."""
+) -> list[str]:
+    """The weights of all adapted modules, none of which may be shared or lie in pieces on disk."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     tied = tied_embedding(weights, config)
-    wrapped = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrapped, found = (BaseTunerLayer, AuxiliaryTrainingWrapper), []
     for name, module in adapted.get_base_model().named_modules():
         if not isinstance(module, wrapped):
             continue
@@ -158,6 +162,8 @@ def _require_separate(
         if stored is None or (tied is not None and stored in (tied, HEAD)):
             why = "its weight is tied to another" if stored or tied else "it lies in pieces on disk"
             raise Unsupported(f"module {name!r} cannot be merged through PEFT: {why}")
+        found.append(stored)
+    return found
 
 
 def _changed(merged: Any, names: Mapping[str, str], weights: WeightSet) -> dict[str, torch.Tensor]:
@@ -173,7 +179,13 @@ def _changed(merged: Any, names: Mapping[str, str], weights: WeightSet) -> dict[
     return changed
 
 
-def _plan(weights: WeightSet, changed: Mapping[str, torch.Tensor], dtype: str | None) -> MergePlan:
+def _plan(
+    weights: WeightSet,
+    changed: Mapping[str, torch.Tensor],
+    targets: Sequence[str],
+    dtype: str | None,
+) -> MergePlan:
+    """Every changed parameter as trained whole; `targets` are the weights of adapted modules."""
     if dtype is not None and dtype not in FLOATS:
         raise Unsupported(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
     cast = None if dtype is None else FLOATS[dtype]
@@ -181,21 +193,14 @@ def _plan(weights: WeightSet, changed: Mapping[str, torch.Tensor], dtype: str | 
         name: Change(name, cast or weights[name].dtype, tuple(value.shape), value=value)
         for name, value in sorted(changed.items())
     }
-    return MergePlan(weights, QuantSpec(), "original", changes, cast)
+    moved = {name.rpartition(".")[0] for name in changes}
+    untouched = sorted(name for name in targets if name.rpartition(".")[0] not in moved)
+    return MergePlan(weights, QuantSpec(), "original", changes, cast, untouched=tuple(untouched))
 
 
 def _manifest(
-    directory: Path, source: Source, task: Task, kind: str, plan: MergePlan, erased: float
+    directory: Path, source: Source, task: Task, kind: str, options: dict[str, object]
 ) -> Manifest:
-    options = {
-        "onto": plan.onto,
-        "dtype": main_dtype(plan),
-        "exact": plan.exact,
-        "adapted_tensors": len(plan.changes),
-        "erased_share": float(f"{erased:.3g}"),
-        "through": "peft",
-        "peft_type": kind,
-    }
     step = next_step(
         "merge", parents=(fingerprint_directory(directory), source.fingerprint), options=options
     )

@@ -4,7 +4,7 @@ The formulas of the delta are in `qlx.adapters`, those of the codec in `qlx.quan
 only applies them in the order that training did, in fp32, and rounds once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +15,7 @@ from qlx.checkpoint import QuantSpec
 from qlx.errors import CheckFailed, Mismatch
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
-from qlx.merging.plan import MergePlan
+from qlx.merging.plan import NO_EFFECT, MergePlan
 from qlx.merging.stream import load_tensor
 from qlx.models import STORED_DTYPE, torch_float
 from qlx.quant import (
@@ -38,6 +38,7 @@ __all__ = [
     "check_effect",
     "erased_share",
     "inner_product",
+    "left_alone",
     "require_codes",
     "stored_dtype",
 ]
@@ -45,7 +46,7 @@ __all__ = [
 MAX_ERASED = 0.5
 """The largest share of an adapter's weight change that rounding may take before a merge is refused."""
 
-_ADVICE = "merge with --dtype float32, or accept the loss with --allow-erased"
+_ADVICE = "merge with --dtype float32, or accept the loss with --allow-erased SHARE"
 
 _CODEC_VALUES = 2**18  # a codec's temporaries take about 20 bytes for each
 
@@ -122,32 +123,29 @@ def inner_product(left: Tensor, right: Tensor) -> float:
     return float((left * right).sum(dtype=torch.float64))
 
 
+def left_alone(roundings: Iterable[Rounding]) -> list[str]:
+    """The tensors whose update turned out to be zero in fp32, by name."""
+    return [item.name for item in roundings if not item.changed and not item.energy]
+
+
 def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> float:
-    """Check that the adapter arrived: every adapted tensor changed, and little enough was lost.
+    """Check that the adapter arrived: what it moves has moved, and little enough was lost.
 
     A `limit` of 1 allows any loss, that of whole tensors included, as long as some tensor changed.
+    Tensors whose update is zero do not count; see `left_alone`.
 
     Returns:
         The share of the delta lost to rounding: over all low-rank updates together, or of the
         worst tensor that was trained whole, whichever is larger.
 
     Raises:
-        CheckFailed: a tensor did not change at all, or more than `limit` of the delta is lost.
+        CheckFailed: the adapter has no effect, a tensor's update is erased altogether, or more than
+            `limit` of the delta is.
     """
-    items = list(roundings)
+    items = [item for item in roundings if item.changed or item.energy]
     if not items:
-        raise CheckFailed("the adapter changes no tensor: every update in it is empty")
-    still = [item.name for item in items if not item.changed]
-    untrained = any(not item.changed and not item.energy for item in items)
-    if still and (limit < 1 or untrained or len(still) == len(items)):
-        which = (
-            "no tensor" if len(still) == len(items) else f"{len(still)} of {len(items)} tensors not"
-        )
-        raise CheckFailed(
-            f"the adapter changes {which} (first: {still[0]!r}); it is untrained there or its delta "
-            f"is below the precision of {dtype}"
-            f"{f'; {_ADVICE}' if not untrained and dtype != 'float32' else ''}"
-        )
+        raise CheckFailed(NO_EFFECT)
+    _check_arrived(items, limit, dtype)
     low_rank = [item for item in items if not item.whole]
     shares = [item.erased for item in items if item.whole]
     erased = max([erased_share(low_rank), *shares] if low_rank else shares)
@@ -158,6 +156,21 @@ def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> flo
             f"worst {worst.name!r} {worst.erased:.0%}); {_ADVICE}"
         )
     return erased
+
+
+def _check_arrived(items: Sequence[Rounding], limit: float, dtype: str) -> None:
+    """Check that no update was erased altogether, which only a limit of 1 allows, and never of all."""
+    erased = [item.name for item in items if not item.changed]
+    every = len(erased) == len(items)
+    if not erased or (limit >= 1 and not every):
+        return
+    wider = "" if dtype == "float32" else "merge with --dtype float32"
+    accept = "" if every else "accept it with --allow-erased 1"
+    advice = ", or ".join(filter(None, (wider, accept))) or "its values are too small for any dtype"
+    raise CheckFailed(
+        f"rounding to {dtype} would erase the adapter's change of {len(erased)} of {len(items)} "
+        f"tensors altogether (first {erased[0]!r}); {advice}"
+    )
 
 
 def require_codes(plan: MergePlan) -> None:

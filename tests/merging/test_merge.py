@@ -13,9 +13,17 @@ import pytest
 import torch
 
 from qlx.adapters import merged_weight
-from qlx.checkpoint import QuantSpec, open_checkpoint, read_probe, seal
+from qlx.checkpoint import (
+    QuantSpec,
+    open_checkpoint,
+    read_probe,
+    resolve_source,
+    seal,
+    write_probe,
+)
 from qlx.errors import CheckFailed, Mismatch, Unsupported, UsageError
 from qlx.merging import merge
+from qlx.models import load_model, make_probe
 from qlx.quant import dequantize_tensor, quantize_tensor
 from qlx.verification import compare, verify
 from qlx.weights import open_weights, read_tensors, write_tensors
@@ -346,20 +354,79 @@ def test_a_wrong_merge_finds_itself_out_before_it_appears(tmp_path, bases, monke
     assert leaves_nothing(tmp_path)
 
 
-def test_nothing_but_erasure_is_accepted(tmp_path, bases):
-    """Negative control: the permission does not cover an adapter that is empty, wholly or in part."""
+def without(adapter, *names):
+    """The same adapter with some modules' B set to zero, as if they had never been trained."""
+    path = adapter.path / "adapter_model.safetensors"
+    tensors = read_tensors(path)
+    zeroed = {k: torch.zeros_like(t) for k, t in tensors.items() if k.endswith("B.weight")}
+    chosen = {key: zero for key, zero in zeroed.items() if any(name in key for name in names)}
+    assert chosen
+    write_tensors(path, tensors | chosen)
+    probe = read_probe(adapter.path)
+    model = load_model(adapter, resolve_source(str(adapter.path.parent / "base")))
+    again = make_probe(model, adapter.manifest.task, probe.inputs, None, True)
+    write_probe(adapter.path / "probe.safetensors", again)
+    seal(adapter.path, adapter.manifest)
+    return open_checkpoint(adapter.path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quant", [NONE, NF4], ids=["none", "nf4"])
+def test_a_module_without_an_update_keeps_its_bytes_and_is_named(tmp_path, dtype, quant):
+    base = make_base(tmp_path / "base", "llama", dtype)
+    adapter = without(make_adapter(base, tmp_path / "adapter", Case(quant=quant)), "0.mlp.up_proj")
+    lines = []
+    merged = merge(base, [adapter.path], tmp_path / "merged", report=lines.append)
+    name = "model.layers.0.mlp.up_proj.weight"
+    options = merged.manifest.lineage[-1].options
+    assert options["untouched_tensors"] == [name]
+    assert options["adapted_tensors"] == 13
+    (line,) = [line for line in lines if "warning" in line]
+    assert "1 tensor is zero" in line
+    assert name in line
+    stored, result = read_tensors(base)[name], read_tensors(merged.path)[name]
+    seen = stored
+    if quant.quantized:
+        seen = dequantize_tensor(quantize_tensor(stored, quant), torch.float32).to(dtype)
+    assert torch.equal(result.view(torch.uint8), seen.view(torch.uint8))
+    assert verify(merged.path).passed
+
+
+def test_negative_zeros_of_an_untouched_tensor_survive(tmp_path):
+    base = make_base(tmp_path / "base", "llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = read_tensors(base)
+    tensors[name][0] = -0.0
+    write_tensors(base / "model.safetensors", tensors, metadata={"format": "pt"})
+    adapter = without(make_adapter(base, tmp_path / "adapter", Case()), "0.mlp.up_proj")
+    result = read_tensors(merge(base, [adapter.path], tmp_path / "merged").path)[name]
+    assert torch.equal(result.view(torch.uint8), tensors[name].view(torch.uint8))
+
+
+def test_an_empty_adapter_is_refused_whatever_is_allowed(tmp_path, bases):
     base = bases("llama", torch.bfloat16)
     empty = make_adapter(base, tmp_path / "empty", Case(size=0.0))
-    with pytest.raises(CheckFailed, match="changes no tensor"):
+    with pytest.raises(CheckFailed, match=r"changes no tensor: .* never trained"):
         merge(base, [empty.path], tmp_path / "merged", max_erased=1.0)
-    part = make_adapter(base, tmp_path / "part", Case())
-    path = part.path / "adapter_model.safetensors"
+    assert leaves_nothing(tmp_path)
+
+
+def test_a_tensor_whose_update_is_rounded_away_is_refused_with_both_ways_out(tmp_path, bases):
+    base = bases("llama", torch.bfloat16)
+    adapter = make_adapter(base, tmp_path / "adapter", Case())
+    path = adapter.path / "adapter_model.safetensors"
     tensors = read_tensors(path)
-    name = next(key for key in tensors if "lora_B" in key)
-    write_tensors(path, tensors | {name: torch.zeros_like(tensors[name])})
-    seal(part.path, part.manifest)
-    with pytest.raises(CheckFailed, match="1 of 14 tensors not"):
-        merge(base, [part.path], tmp_path / "merged", max_erased=1.0)
+    name = "model.layers.0.self_attn.q_proj"
+    row = read_tensors(base)[f"{name}.weight"][0].float().abs()
+    a, b = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
+    zeros = {key: torch.zeros_like(tensors[key]) for key in (a, b)}
+    zeros[a][0, row.argmax()], zeros[b][0, 0] = row.max() * 1e-4, 1.0  # of one large value
+    write_tensors(path, tensors | zeros)
+    seal(adapter.path, adapter.manifest)
+    with pytest.raises(CheckFailed, match="of 1 of 14 tensors altogether") as caught:
+        merge(base, [adapter.path], tmp_path / "merged")
+    assert "--dtype float32" in str(caught.value)
+    assert "--allow-erased 1" in str(caught.value)
     assert leaves_nothing(tmp_path)
 
 
