@@ -14,7 +14,7 @@ from qlx.checkpoint.digest import (
     tensors_digest,
     tensors_sha256,
 )
-from qlx.checkpoint.durable import new_checkpoint, replace_file
+from qlx.checkpoint.durable import naming, new_checkpoint, replace_file
 from qlx.checkpoint.lineage import next_step
 from qlx.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -30,6 +30,7 @@ from qlx.checkpoint.manifest import (
     Step,
     Task,
 )
+from qlx.checkpoint.outputs import check_file, check_output
 from qlx.checkpoint.probe import PROBE_FILE, Probe, read_probe, write_probe
 from qlx.checkpoint.source import Source, require_base, resolve_source
 from qlx.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint, read_manifest, seal
@@ -54,6 +55,8 @@ __all__ = [
     "Task",
     "bytes_digest",
     "canonical_json",
+    "check_file",
+    "check_output",
     "file_sha256",
     "fingerprint",
     "fingerprint_directory",
@@ -62,6 +65,7 @@ __all__ = [
     "fingerprint_weights",
     "is_checkpoint",
     "load_json",
+    "naming",
     "new_checkpoint",
     "next_step",
     "open_checkpoint",

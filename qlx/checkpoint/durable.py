@@ -1,68 +1,166 @@
-"""Directories that appear whole or not at all.
+"""Directories and files that appear whole or not at all.
 
 `new_checkpoint` writes beside the target, syncs every file, renames, and syncs the parent: a kill or
 power cut at any instant leaves the old state or the new one. With `force` an existing directory is
 exchanged for the new one in one system call.
+
+What a kill leaves beside the target is a staging directory `.qlx-NAME-…`. Its writer holds a lock on
+it for as long as it lives (flock: the system releases it with the process), so the next writer of the
+same name can tell what is left over from what is being written, and removes only the former.
 """
 
 import ctypes
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qlx.checkpoint.outputs import check_output
 from qlx.errors import NoRoom, UsageError
 
-__all__ = ["new_checkpoint", "replace_file", "sync_tree"]
+__all__ = ["naming", "new_checkpoint", "replace_file", "sync_tree"]
 
 _STAGING_MARK = ".qlx-"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def new_checkpoint(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a staging directory that becomes `target` when the block ends without an error.
 
-    On any error, interrupts included, the staging directory is removed and `target` is as before.
+    On any error, interrupts included, the staging directory is removed and `target` is as before;
+    errors that name the staging directory are reworded to name `target`.
 
     Raises:
-        UsageError: `target` exists and `force` is not set, or its parent cannot be made.
+        UsageError: `target` may not be written, see `check_output`.
         NoRoom: the disk filled up while writing.
     """
-    target = Path(target).absolute()
-    _check_target(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f"{_STAGING_MARK}{target.name}-", dir=target.parent))
-    try:
+    shown, target = Path(target), check_output(Path(target), force=force)
+    with _beside(target, shown) as staging:
         staging.chmod(0o755)
         yield staging
         sync_tree(staging)
         _put_in_place(staging, target, force)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a kill leaves the old bytes or the new ones, never a mixture.
+
+    A link is followed; a device or pipe is written to.
+
+    Raises:
+        UsageError: the directory of `path` cannot be written.
+        NoRoom: the disk filled up while writing.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    target = Path(os.path.realpath(path))
+    with _beside(target, path) as staging:
+        (staging / "file").write_bytes(data)
+        _sync(staging / "file")
+        os.rename(staging / "file", target)
+        _sync(target.parent)
+
+
+@contextmanager
+def _beside(target: Path, shown: Path) -> Iterator[Path]:
+    """An empty directory beside `target` that is locked while the block runs and removed after it."""
+    try:
+        staging, lock = _make_staging(target, shown)
+        try:
+            with naming(staging, shown):
+                yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            os.close(lock)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise NoRoom(
-                f"{target}: the disk is full; nothing was written (free space or choose another --output)"
+                f"{shown}: the disk is full; nothing was written (free space or choose another place)"
             ) from error
         raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_target(target: Path, force: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UsageError(f"{target}: exists and is not a directory; choose another --output")
-    if target.exists() and not force:
+def _make_staging(target: Path, shown: Path) -> tuple[Path, int]:
+    """A new staging directory and the descriptor that holds its lock.
+
+    Where the file system has no locks, there is none, and nobody can take it for left over either.
+    """
+    prefix = f"{_STAGING_MARK}{target.name}-"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target.parent, prefix)
+        while True:
+            staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            with suppress(FileNotFoundError, BlockingIOError):  # taken for left over by another
+                return staging, _locked(staging, required=False)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
         raise UsageError(
-            f"{target}: exists already; choose another --output, or replace it with --force"
-        )
-    if target.exists() and any(target.iterdir()) and not (target / "qlx.json").is_file():
-        raise UsageError(
-            f"{target}: is not a qlx checkpoint, so --force will not replace it; remove it yourself"
-        )
+            f"{shown}: cannot be written in {target.parent} ({error.strerror}); choose another place"
+        ) from error
+
+
+def _remove_stale(parent: Path, prefix: str) -> None:
+    """Remove the staging directories of this name whose writers are dead."""
+    staging = re.compile(re.escape(prefix) + r"[a-z0-9_]{8}")  # as tempfile names them
+    for name in filter(staging.fullmatch, os.listdir(parent)):
+        with suppress(OSError):
+            lock = _locked(parent / name, required=True)
+            shutil.rmtree(parent / name, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(directory: Path, *, required: bool) -> int:
+    """A descriptor of `directory` that holds its lock, or if not `required` may fail to where there are none.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the directory is gone, or there are no locks.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        _lock(descriptor, required)
+        os.stat(directory)  # it may have been removed before it was locked
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _lock(descriptor: int, required: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if required or isinstance(error, BlockingIOError):
+            raise
+
+
+@contextmanager
+def naming(temporary: Path, shown: Path) -> Iterator[None]:
+    """Let errors of the block speak of `shown` where they name `temporary`, which is gone when they are read."""
+    try:
+        yield
+    except Exception as error:
+        error.args = tuple(_renamed(part, temporary, shown) for part in error.args)
+        if isinstance(error, OSError):
+            error.filename = _renamed(error.filename, temporary, shown)
+        raise
+
+
+def _renamed(part: object, temporary: Path, shown: Path) -> object:
+    if isinstance(part, str | Path):
+        return str(part).replace(str(temporary), str(shown))
+    return part
 
 
 def _put_in_place(staging: Path, target: Path, force: bool) -> None:
@@ -92,7 +190,7 @@ def _exchange(staging: Path, target: Path) -> None:
             return
         if ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
-    aside = Path(tempfile.mkdtemp(prefix=f"{_STAGING_MARK}old-", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.qlx-old-", dir=target.parent))
     os.rename(target, aside / target.name)
     os.rename(staging, target)
     shutil.rmtree(aside, ignore_errors=True)
@@ -114,14 +212,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a kill leaves the old bytes or the new ones, never a mixture."""
-    temporary = path.with_name(f"{_STAGING_MARK}{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-    _sync(path.parent)

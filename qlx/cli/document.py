@@ -15,7 +15,8 @@ Made from the program's own help by `python -m qlx.cli.document > docs/commands.
 the two. What holds for every command:
 
 - `-o/--output` is a new directory. It appears whole or not at all; one that exists is refused unless
-  `--force`, which swaps the two in one step.
+  `--force`, which swaps the two in one step. It may not be, hold or lie inside an input, nor lie
+  inside any checkpoint; nor may a report or picture. That is asked before any work is done.
 - `--base` is a local directory or a hub name, optionally with `@revision`.
 - The result goes to standard output, as text or with `--json` as exactly one JSON object; progress
   and warnings go to standard error, where `--quiet` silences them. A failure under `--json` is the

@@ -13,7 +13,21 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 EXISTING = click.Path(exists=True, path_type=Path)
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 NEW_DIRECTORY = click.Path(file_okay=False, path_type=Path)
-NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class NewFile(click.Path):
+    """A file to write, at a place where one can be: asked for before any work is done."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, checked by `qlx.checkpoint.check_file`."""
+        from qlx.checkpoint import check_file
+
+        path = super().convert(value, param, ctx)
+        check_file(Path(str(path)))
+        return path
+
+
+NEW_FILE = NewFile(dir_okay=False, path_type=Path)
 
 
 SHARED = {

@@ -65,9 +65,13 @@ def command(
     Every byte, where it belongs, and that it computes what training saw. Ends with exit code 1
     when a check fails.
     """
+    from qlx.checkpoint import check_file, replace_file
     from qlx.cli import render
     from qlx.verification import check_picture, draw, to_junit, to_markdown, verify
 
+    written = [file for file in (junit, markdown, picture) if file is not None]
+    for at, file in enumerate(written):
+        check_file(file, (data, *written[:at]))
     if picture is not None:
         check_picture(picture)
         layers = True
@@ -77,7 +81,7 @@ def command(
     )
     for file, text in ((junit, to_junit), (markdown, to_markdown)):
         if file is not None:
-            file.write_text(text(report), encoding="utf-8")
+            replace_file(file, text(report).encode("utf-8", "backslashreplace"))
     if picture is not None and report.drift is not None:
         draw(report.drift, picture)
     session.emit(render.report_data(report), render.print_report)

@@ -8,6 +8,7 @@ from qlx.checkpoint import (
     Checkpoint,
     Manifest,
     Source,
+    check_output,
     new_checkpoint,
     next_step,
     open_checkpoint,
@@ -57,7 +58,11 @@ def export_onnx(
         Mismatch: the base is not the one the adapter was trained on.
         CheckFailed: the exported model's outputs are outside the tolerance; nothing is left behind.
     """
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(Path(checkpoint))
+    given = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    check_output(
+        Path(output), (given, base.path if isinstance(base, Source) else base), force=force
+    )
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(given)
     chosen = _precision(source.manifest, precision)
     probe = probe_of(source)
     own_base = base_of(source, base)

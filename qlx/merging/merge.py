@@ -13,6 +13,7 @@ from qlx.checkpoint import (
     Manifest,
     QuantSpec,
     Source,
+    check_output,
     is_checkpoint,
     new_checkpoint,
     next_step,
@@ -72,6 +73,7 @@ def merge(
             the merged model's outputs differ from the unmerged one's.
         NoRoom: the disk or `max_ram` is too small; the message says what is needed.
     """
+    check_output(Path(output), (base, *adapter_dirs), force=force)
     tell = report or (lambda line: None)
     foreign = _other_kind(adapter_dirs)
     if foreign is not None and base is not None:

@@ -8,6 +8,7 @@ from qlx.checkpoint import (
     Checkpoint,
     Manifest,
     QuantSpec,
+    check_output,
     new_checkpoint,
     next_step,
     open_checkpoint,
@@ -66,6 +67,7 @@ def pack(
         raise UsageError(
             f"pack --to takes one of {', '.join(TARGETS)} and --min-retention a number from 0 to 1"
         )
+    check_output(output, (checkpoint, base), force=force)
     tell = report or (lambda line: None)
     opened = open_checkpoint(Path(checkpoint))
     spec = _spec(opened.manifest, to, group_size, double_quant)

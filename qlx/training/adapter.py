@@ -12,6 +12,7 @@ from qlx.checkpoint import (
     ProbeRecord,
     QuantSpec,
     Source,
+    check_output,
     fingerprint_directory,
     is_checkpoint,
     new_checkpoint,
@@ -62,6 +63,7 @@ def save_adapter(
         UsageError: a plain PEFT directory without `base`.
     """
     source = Path(source)
+    check_output(Path(output), (source, base), force=force)
     if is_checkpoint(source):
         return _from_run(open_checkpoint(source), Path(output), base, force)
     if not (source / _ADAPTER_FILES[0]).is_file():

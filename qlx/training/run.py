@@ -19,6 +19,7 @@ from qlx.checkpoint import (
     ProbeRecord,
     ProbeResult,
     canonical_json,
+    check_output,
     is_checkpoint,
     load_json,
     new_checkpoint,
@@ -93,10 +94,7 @@ def train(
     ):
         require(module, "train")
     output = Path(output)
-    if output.exists() and not force:
-        raise UsageError(
-            f"{output}: exists already; choose another --output, or replace it with --force"
-        )
+    check_output(output, (recipe.base.path,), force=force)
     with _work(output, resume=resume, force=force) as work:
         job = prepare(recipe, work, report)
         before, trainer = _train(job, work, report)

@@ -1,9 +1,11 @@
 """The drift of every layer and weight as one picture: bars beside a heatmap."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
 
+from qlx.checkpoint import replace_file
 from qlx.errors import UsageError, require
 from qlx.verification.drift import Drift, WeightDrift
 
@@ -35,7 +37,8 @@ def draw(drift: Drift, file: Path) -> None:
     _heatmap(figure, right, drift)
     undated = {"Date": None} if suffix == ".svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "qlx"}):
-        figure.savefig(file, format=suffix[1:], metadata=undated, dpi=110)
+        figure.savefig(drawn := io.BytesIO(), format=suffix[1:], metadata=undated, dpi=110)
+    replace_file(file, drawn.getvalue())
 
 
 def check_picture(file: Path) -> str:

@@ -1,5 +1,6 @@
 """Directories appear whole or not at all; a kill at any instant leaves the old state or the new one."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlx.checkpoint import new_checkpoint, replace_file
-from qlx.errors import NoRoom, UsageError
+from qlx.errors import CorruptCheckpoint, NoRoom, UsageError
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -96,3 +97,69 @@ def test_replace_file(tmp_path: Path) -> None:
     replace_file(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
     assert leftovers(tmp_path) == []
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from qlx.checkpoint import new_checkpoint
+with new_checkpoint(pathlib.Path(sys.argv[1])) as staging:
+    (staging / "half").write_text("x")
+    print(flush=True)
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_kill_left_is_removed_by_the_next_writer_of_that_name(tmp_path: Path) -> None:
+    """Not while its writer lives, not by a writer of another name, nor what only looks like it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "new")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        (staging,) = leftovers(tmp_path)
+        with new_checkpoint(tmp_path / "new"):
+            assert len(leftovers(tmp_path)) == 2
+        os.rmdir(tmp_path / "new")
+        assert leftovers(tmp_path) == [staging]
+    assert leftovers(tmp_path) == [staging]
+    for other in ("ne", "new-x"):
+        replace_file(tmp_path / other, b"")
+    (tmp_path / ".qlx-new-of-mine").mkdir()
+    assert sorted(leftovers(tmp_path)) == sorted([staging, ".qlx-new-of-mine"])
+    with new_checkpoint(tmp_path / "new"):
+        pass
+    assert leftovers(tmp_path) == [".qlx-new-of-mine"]
+
+
+def test_errors_name_the_target_and_not_the_staging_directory(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CorruptCheckpoint, match=f"^{tmp_path}/new/x: broken$"),
+        new_checkpoint(tmp_path / "new") as staging,
+    ):
+        raise CorruptCheckpoint(f"{staging / 'x'}: broken")
+    with pytest.raises(OSError) as caught, new_checkpoint(tmp_path / "new") as staging:
+        (staging / "missing").read_bytes()
+    assert caught.value.filename == str(tmp_path / "new" / "missing")
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    for write in (new_checkpoint, lambda path: contextlib.nullcontext(replace_file(path, b""))):
+        with (
+            pytest.raises(UsageError, match="cannot be written in /proc") as caught,
+            write(Path("/proc/new")),
+        ):
+            pass
+        assert ".qlx-" not in str(caught.value)
+
+
+def test_a_file_is_written_through_links_and_into_devices(tmp_path: Path) -> None:
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    replace_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+    replace_file(Path(os.devnull), b"new")
+    assert Path(os.devnull).is_char_device()
