@@ -15,6 +15,7 @@ from qlx.checkpoint.digest import (
     tensors_sha256,
 )
 from qlx.checkpoint.durable import naming, new_checkpoint, replace_file
+from qlx.checkpoint.known import Stamp, known_hashes, remember_hashes
 from qlx.checkpoint.lineage import next_step
 from qlx.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -34,7 +35,7 @@ from qlx.checkpoint.outputs import check_file, check_output
 from qlx.checkpoint.probe import PROBE_FILE, Probe, read_probe, write_probe
 from qlx.checkpoint.source import Source, require_base, resolve_source
 from qlx.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint, read_manifest, seal
-from qlx.checkpoint.strict_json import canonical_json, load_json, parse_json
+from qlx.checkpoint.strict_json import canonical_json, load_json, load_object, parse_json
 
 __all__ = [
     "FORMAT_VERSION",
@@ -51,6 +52,7 @@ __all__ = [
     "ProbeResult",
     "QuantSpec",
     "Source",
+    "Stamp",
     "Step",
     "Task",
     "bytes_digest",
@@ -64,7 +66,9 @@ __all__ = [
     "fingerprint_of_lines",
     "fingerprint_weights",
     "is_checkpoint",
+    "known_hashes",
     "load_json",
+    "load_object",
     "naming",
     "new_checkpoint",
     "next_step",
@@ -72,6 +76,7 @@ __all__ = [
     "parse_json",
     "read_manifest",
     "read_probe",
+    "remember_hashes",
     "replace_file",
     "require_base",
     "resolve_source",

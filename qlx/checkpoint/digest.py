@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qlx.checkpoint.known import Stamp, known_hashes, remember_hashes
 from qlx.errors import CorruptCheckpoint
 from qlx.weights import TensorInfo, WeightSet, open_weights, read_header
 
@@ -118,12 +119,24 @@ def fingerprint_of_lines(lines: Iterable[str]) -> str:
 
 
 def fingerprint_weights(weights: WeightSet) -> str:
-    """Fingerprint of an opened weight set."""
-    infos = list(weights.values())
-    hashes = _hashes({info: weights.path_of(info.name) for info in infos})
+    """Fingerprint of an opened weight set; files known from before are not read again."""
+    hashes: dict[str, str] = {}
+    for path, header in weights.headers.items():
+        hashes |= _file_hashes(path, header.tensors)
     return fingerprint_of_lines(
-        fingerprint_line(info.name, info.dtype, info.shape, hashes[info.name]) for info in infos
+        fingerprint_line(info.name, info.dtype, info.shape, hashes[info.name])
+        for info in weights.values()
     )
+
+
+def _file_hashes(path: Path, tensors: Mapping[str, TensorInfo]) -> Mapping[str, str]:
+    """Hex SHA-256 of each tensor of a weight file."""
+    stamp = Stamp.of(path)
+    known = known_hashes(path, tensors)
+    if not known:
+        known = _hashes(dict.fromkeys(tensors.values(), path))
+        remember_hashes(path, stamp, known)
+    return known
 
 
 def fingerprint_directory(directory: Path) -> str:

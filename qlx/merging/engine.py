@@ -4,7 +4,8 @@ Each tensor is one piece of work. Its bytes are hashed for the base's fingerprin
 they are the kernel copies them in the same pass, otherwise the merged blocks are hashed and written
 in their place. So the right base, the right codes and the digests of the new files are known when
 the last byte is written, at the price of one pass; whoever calls checks them before the directory
-appears.
+appears. The hashes of files that have not changed since they were last read are known already
+(`qlx.checkpoint.known`): of those only the tensors that change are read into memory.
 
 Reads and writes go through file descriptors, not memory maps: a disk that fills up or a file that
 shrinks is then an error instead of a signal.
@@ -13,7 +14,7 @@ shrinks is then an error instead of a signal.
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +25,15 @@ import torch
 
 from qlx.checkpoint import (
     FileEntry,
+    Stamp,
     canonical_json,
     fingerprint_line,
     fingerprint_of_lines,
+    known_hashes,
+    remember_hashes,
     tensors_digest,
 )
-from qlx.errors import NoRoom
+from qlx.errors import CorruptCheckpoint, NoRoom
 from qlx.merging.blocks import merged_blocks, tally_of
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
@@ -43,6 +47,8 @@ __all__ = ["CHUNK", "Written", "cores", "target_files", "write_merge"]
 
 CHUNK = 2**20
 """Bytes that are hashed and copied at a time; they stay in the processor's cache in between."""
+
+_COPIED = 16 * 2**20  # at a time, where nothing is hashed: often enough to stop on an error
 
 Span = tuple[int, int]
 
@@ -115,16 +121,19 @@ def write_merge(plan: MergePlan, directory: Path, *, workers: int | None = None)
 
     Raises:
         NoRoom: the disk has less free space than the files need.
-        CorruptCheckpoint: a file of the base ended early.
+        CorruptCheckpoint: a file of the base ended early, or changed while it was read.
     """
     files = target_files(plan)
     _require_space(directory, sum(file.size for file in files))
     with ExitStack() as stack:
         stack.enter_context(_one_torch_thread())
-        job = _Job(plan, [stack.enter_context(_Target(directory, file)) for file in files])
+        targets = [stack.enter_context(_Target(directory, file)) for file in files]
+        base = {path: _BaseFile(path, h.tensors) for path, h in plan.weights.headers.items()}
+        job = _Job(plan, targets, base)
         pool = stack.enter_context(_pool(workers or cores(), job))
         for future in [pool.submit(job.run, item) for item in job.items()]:
             future.result()
+        job.close()
     _write_index(plan, directory, files)
     return job.written()
 
@@ -200,23 +209,42 @@ class _Target:
         return FileEntry(size=self.file.size, sha256=digest, of="tensors")
 
 
-def _hash(
-    source: int,
-    span: Span,
-    update: Callable[[memoryview], None],
-    buffer: memoryview,
-    what: str,
-    each: Callable[[int, int], None] | None = None,
-) -> None:
-    """Hash the bytes of a span piece by piece; `each` gets offset and size of a hashed piece."""
+class _BaseFile:
+    """A weight file of the base: the hashes of its tensors, known from before or found on the way."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self.path = path
+        self.stamp = Stamp.of(path)
+        self.known = known_hashes(path, names)
+        self.found: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Keep what was found; what was known holds only of a file that stayed as it was."""
+        if not self.known:
+            remember_hashes(self.path, self.stamp, self.found)
+        elif Stamp.of(self.path) != self.stamp:
+            raise CorruptCheckpoint(f"{self.path}: changed while it was read; merge again")
+
+
+def _pieces(span: Span, size: int) -> Iterator[Span]:
+    """Offset and length of the pieces of a span, cut at multiples of `size`."""
     at, end = span
     while at < end:
-        size = min(end, (at // CHUNK + 1) * CHUNK) - at
+        count = min(end, (at // size + 1) * size) - at
+        yield at, count
+        at += count
+
+
+def _hash(
+    source: int, span: Span, buffer: memoryview, each: Callable[[int, int], None], what: str
+) -> str:
+    """Hex SHA-256 of the bytes of a span; `each` gets offset and length of a piece just read."""
+    sha256 = hashlib.sha256()
+    for at, size in _pieces(span, CHUNK):
         read_into(source, buffer[:size], at, f"{what}: became shorter while it was read")
-        update(buffer[:size])
-        if each is not None:
-            each(at, size)
-        at += size
+        sha256.update(buffer[:size])
+        each(at, size)
+    return sha256.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -239,6 +267,7 @@ class _Job:
 
     plan: MergePlan
     targets: list[_Target]
+    base: Mapping[Path, _BaseFile]
     lines: dict[str, str] = field(default_factory=dict)
     codes: dict[str, str] = field(default_factory=dict)
     roundings: dict[str, Rounding] = field(default_factory=dict)
@@ -291,28 +320,24 @@ class _Job:
             self._note_codes(item.name, codes_as_trained(self.plan.weights, spec, item.name))
 
     def _read(self, item: _Item, path: Path, info: TensorInfo) -> None:
-        """Hash a tensor of the base, and copy it where it stays as it is."""
-        sha256 = hashlib.sha256()
+        """Hash a tensor of the base, unless that is known, and copy it where it stays as it is."""
+        copy = item.target if item.change is None else None
+        span, base = (info.begin, info.end), self.base[path]
         with open(path, "rb", buffering=0) as file:
-            copy = None if item.change is not None or item.target is None else item.target
 
             def each(at: int, size: int) -> None:
                 self._go_on()
                 if copy is not None:
-                    target, place = copy
-                    copy_range(
-                        file.fileno(), target.descriptor, at, place.begin + at - info.begin, size
-                    )
+                    to = copy[1].begin + at - info.begin
+                    copy_range(file.fileno(), copy[0].descriptor, at, to, size)
 
-            _hash(
-                file.fileno(),
-                (info.begin, info.end),
-                sha256.update,
-                self._buffer(),
-                str(path),
-                each,
-            )
-        found = sha256.hexdigest()
+            found = base.known.get(item.name)
+            if found is None:
+                found = _hash(file.fileno(), span, self._buffer(), each, str(path))
+            elif copy is not None:
+                for at, size in _pieces(span, _COPIED):
+                    each(at, size)
+        base.found[item.name] = found
         self.lines[item.name] = fingerprint_line(info.name, info.dtype, info.shape, found)
         if copy is not None:
             copy[0].hashes[item.name] = found
@@ -342,6 +367,15 @@ class _Job:
     def _go_on(self) -> None:
         if self.stopped:
             raise _Stopped
+
+    def close(self) -> None:
+        """Settle what is known of the base's files, now that all are read.
+
+        Raises:
+            CorruptCheckpoint: a file changed meanwhile.
+        """
+        for file in self.base.values():
+            file.close()
 
     def written(self) -> Written:
         """The result, in an order that does not depend on the threads."""

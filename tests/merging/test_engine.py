@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlx.checkpoint import fingerprint_directory, resolve_source, tensors_sha256
+from qlx.checkpoint import (
+    fingerprint_directory,
+    known,
+    known_hashes,
+    resolve_source,
+    tensors_digest,
+    tensors_sha256,
+)
+from qlx.checkpoint.digest import _hashes
 from qlx.errors import CorruptCheckpoint, NoRoom
 from qlx.merging import engine, merged_value, plan_of, stream, write_merge
 from qlx.weights import open_weights, read_header, read_tensors, write_tensors
@@ -165,3 +173,50 @@ def test_other_codes_and_another_base_have_other_fingerprints(tmp_path, bases):
     (tmp_path / "moved").mkdir()
     moved = replace(plan, weights=open_weights(other))
     assert write_merge(moved, tmp_path / "moved").fingerprint != fingerprint_directory(bases[0])
+
+
+def remembered(base, tmp_path, monkeypatch):
+    """A cache in which the hashes of the base's files are kept."""
+    monkeypatch.setenv("QLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known, "SETTLED_SECONDS", -1.0)
+    fingerprint_directory(base)
+
+
+def test_a_known_base_is_not_hashed_again_and_gives_the_same(tmp_path, bases, base, monkeypatch):
+    plan = planned(base, bases[2])
+    (tmp_path / "first").mkdir()
+    first = write_merge(plan, tmp_path / "first")
+    remembered(base, tmp_path, monkeypatch)
+    monkeypatch.setattr(engine, "_hash", None)
+    (tmp_path / "second").mkdir()
+    second = write_merge(plan, tmp_path / "second")
+    assert second == first
+    for path in (tmp_path / "first").iterdir():
+        assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_merge_remembers_what_it_read(tmp_path, bases, base, monkeypatch):
+    monkeypatch.setenv("QLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(known, "SETTLED_SECONDS", -1.0)
+    (tmp_path / "merged").mkdir()
+    write_merge(planned(base, bases[2]), tmp_path / "merged")
+    for path, header in open_weights(base).headers.items():
+        hashes = known_hashes(path, header.tensors)
+        assert tensors_digest(b"", header.tensors, hashes) == tensors_digest(
+            b"", header.tensors, _hashes(dict.fromkeys(header.tensors.values(), path))
+        )
+
+
+def test_a_known_base_that_changes_meanwhile_is_noticed(tmp_path, bases, monkeypatch):
+    base = shutil.copytree(bases[0], tmp_path / "base")
+    remembered(base, tmp_path, monkeypatch)
+    plan, write = planned(base, bases[2]), engine.copy_range
+
+    def touched(*arguments):
+        os.utime(base / "model.safetensors")
+        return write(*arguments)
+
+    monkeypatch.setattr(engine, "copy_range", touched)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(CorruptCheckpoint, match="changed while it was read"):
+        write_merge(plan, tmp_path / "merged")
