@@ -1,19 +1,23 @@
-"""JSON as the format allows it: no duplicate keys, no NaN, bounded size and depth, one canonical spelling."""
+"""JSON as the format allows it: no duplicate keys, no NaN, bounded size, depth and numbers, one canonical spelling."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from qlx.errors import CorruptCheckpoint
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "canonical_json", "load_json", "parse_json"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_DIGITS", "canonical_json", "load_json", "load_object", "parse_json"]
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 32
+MAX_DIGITS = 100
+"""Digits of an integer; Python's own limit is a crash at 4300, and nothing here counts that far."""
 
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _BRACKETS = re.compile(rb"[\[\]{}]")
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def canonical_json(value: Any) -> bytes:
@@ -30,11 +34,26 @@ def load_json(path: Path) -> Any:
     """Parse a JSON file strictly.
 
     Raises:
-        CorruptCheckpoint: too large, too deep, duplicate keys, NaN, or not JSON; names file and line.
+        CorruptCheckpoint: too large, too deep, duplicate keys, numbers that are none or too large, text
+            that is no Unicode, or not JSON; names file and line.
     """
     with open(path, "rb") as file:
         data = file.read(MAX_BYTES + 1)
     return parse_json(data, str(path))
+
+
+def load_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file strictly that must hold an object.
+
+    Raises:
+        CorruptCheckpoint: see `load_json`, or it holds something else.
+    """
+    value = load_json(path)
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint(
+            f"{path}: holds a {type(value).__name__} where an object is expected"
+        )
+    return value
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -54,12 +73,31 @@ def parse_json(data: bytes, where: str) -> Any:
     def refuse_constant(name: str) -> float:
         raise CorruptCheckpoint(f"{where}: {name} is not a JSON number")
 
+    def integer(text: str) -> int:
+        if len(text) > MAX_DIGITS:
+            raise CorruptCheckpoint(f"{where}: an integer of {len(text)} digits, refused")
+        return int(text)
+
+    def real(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise CorruptCheckpoint(f"{where}: {text[:MAX_DIGITS]} is too large a number")
+        return value
+
     try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_constant=refuse_constant,
+            parse_int=integer,
+            parse_float=real,
         )
+        if _HALF_CHARACTER.search(data):
+            canonical_json(value)
+        return value
     except UnicodeDecodeError as error:
         raise CorruptCheckpoint(f"{where}: not UTF-8 (byte {error.start})") from error
+    except UnicodeEncodeError as error:
+        raise CorruptCheckpoint(f"{where}: holds half a character (\\ud800 to \\udfff)") from error
     except json.JSONDecodeError as error:
         raise CorruptCheckpoint(f"{where}: line {error.lineno}: not JSON ({error.msg})") from error
 

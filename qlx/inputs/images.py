@@ -18,7 +18,7 @@ from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PREPROCESSOR_FILE", "ImagePreprocessor", "open_image"]
+__all__ = ["PREPROCESSOR_FILE", "ImagePreprocessor", "open_image", "too_many_pixels"]
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 MAX_PIXELS = 64 * 2**20
@@ -203,13 +203,18 @@ def open_image(source: Any) -> "Image":
     try:
         with pillow.open(source) as image:
             if image.size[0] * image.size[1] > MAX_PIXELS:
-                raise InputRefused(
-                    f"{_named(source)}: {image.size[0]}×{image.size[1]} pixels are too many; scale it down"
-                )
+                raise too_many_pixels(_named(source))
             converted: Image = image.convert("RGB")
             return converted
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+    except pillow.DecompressionBombError as error:
+        raise too_many_pixels(_named(source)) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise InputRefused(f"{_named(source)}: not an image that can be read ({error})") from error
+
+
+def too_many_pixels(what: str) -> InputRefused:
+    """The error for an image that is too large; Pillow stops at a limit of its own before it tells the size."""
+    return InputRefused(f"{what}: too many pixels, more than {MAX_PIXELS:,}; scale it down")
 
 
 def _named(source: Any) -> str:

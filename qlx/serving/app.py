@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from qlx.errors import InputRefused, QlxError, UsageError
 from qlx.inputs import open_image
+from qlx.inputs.images import too_many_pixels
 from qlx.runtime import ImageModel, TextModel, TextPiece
 from qlx.serving.bodies import ChatBody, ClassifyBody, CompletionBody, GenerationBody, parse_body
 from qlx.serving.engine import Engine, summary
@@ -57,8 +58,11 @@ def create_app(
     """
     listed = list(engines) if isinstance(engines, Sequence) else [engines]
     named = {engine.name: engine for engine in listed}
-    if not listed or len(named) != len(listed):
-        raise UsageError("serving needs at least one model, and no two of the same name")
+    names = [engine.name for engine in listed]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if not names or double is not None:
+        what = "no model" if double is None else f"two models of the same name, {double!r}"
+        raise UsageError(f"{what}: serving needs one or more, each under a name of its own")
     limits = limits or ServingLimits()
     service = Service(named, limits)
     guard = Middleware(
@@ -359,7 +363,7 @@ def _known_format(data: bytes) -> io.BytesIO:
     """The file, if it begins like one of the formats that are decoded.
 
     Raises:
-        InputRefused: it does not.
+        InputRefused: it does not, or it is too large to be decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -368,11 +372,7 @@ def _known_format(data: bytes) -> io.BytesIO:
         with Image.open(stream, formats=IMAGE_FORMATS):
             stream.seek(0)
             return stream
-    except (
-        UnidentifiedImageError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:
+    except Image.DecompressionBombError as error:
+        raise too_many_pixels("image") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InputRefused(f"the body is not an image ({', '.join(IMAGE_FORMATS)})") from error

@@ -116,10 +116,38 @@ def parse_body(data: bytes, shape: type[B]) -> B:
         UsageError: not JSON, or a field is missing, unknown or wrong; the message names it.
     """
     try:
-        return shape.model_validate(parse_json(data, "request body"), strict=True)
+        body = parse_json(data, "request body")
     except CorruptCheckpoint as error:
         raise UsageError(str(error)) from error
+    try:
+        return shape.model_validate(body, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "body"
-        raise UsageError(f"request body: field {field}: {first['msg']}") from error
+        field, what = _complaint(body, error)
+        raise UsageError(f"request body: field {field}: {what}") from error
+
+
+def _complaint(body: Any, error: ValidationError) -> tuple[str, str]:
+    """The field a client wrote (or left out) and what is wrong with it.
+
+    A field of several types has an error for each; the one that came furthest into the value counts.
+    """
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    fields = [_written(body, each["loc"], each["type"] == "missing") for each in found]
+    deepest = max((field for field in fields if field[:1] == fields[0][:1]), key=len)
+    said = [each["msg"] for each, field in zip(found, fields, strict=True) if field == deepest]
+    return ".".join(map(str, deepest)) or "body", ", or: ".join(dict.fromkeys(said))
+
+
+def _written(value: Any, location: tuple[int | str, ...], missing: bool) -> tuple[int | str, ...]:
+    """The parts of pydantic's location that lead through the body; the rest are names of types."""
+    field: list[int | str] = []
+    for at, part in enumerate(location):
+        last = at == len(location) - 1
+        if isinstance(value, dict) and (part in value or (missing and last)):
+            value = value.get(str(part))
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        else:
+            continue
+        field.append(part)
+    return tuple(field)

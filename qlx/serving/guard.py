@@ -60,7 +60,9 @@ class Guard:
         if scope["type"] != "http":
             return
         refusal = self._refusal(scope)
-        if refusal is not None:  # its body stays unread, so nothing more can be asked on this connection
+        if (
+            refusal is not None
+        ):  # its body stays unread, so nothing more can be asked on this connection
             refusal.headers["connection"] = "close"
         await (refusal or self._app)(scope, receive, _marked(send))
 

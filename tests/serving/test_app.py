@@ -2,6 +2,7 @@
 
 import base64
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -126,7 +127,38 @@ def test_options_reach_the_sampler(client):
         ("/v1/completions", b'{"prompt": "a", "prompt": "b"}', 400, "twice"),
         ("/v1/completions", b'{"prompt": "a", "temperature": NaN}', 400, "NaN"),
         ("/v1/completions", b"[" * 100, 400, "deeper"),
+        ("/v1/completions", b'{"prompt": ' + b"9" * 5000 + b"}", 400, "5000 digits"),
+        ("/v1/completions", b'{"prompt": "a", "temperature": 1e400}', 400, "too large"),
+        ("/v1/completions", b'{"prompt": "\\ud800"}', 400, "half a character"),
+        ("/v1/completions", b'{"prompt": [' + b"9" * 80 + b"]}", 400, "between 0 and"),
+        ("/v1/completions", b'{"prompt": "a", "seed": ' + b"9" * 80 + b"}", 400, "seed"),
         ("/v1/completions", b"[]", 400, "body"),
+        (
+            "/v1/completions",
+            b'{"prompt": 3}',
+            400,
+            "field prompt: Input should be a valid string, or: ",
+        ),
+        ("/v1/completions", b'{"prompt": {}}', 400, "field prompt: "),
+        (
+            "/v1/completions",
+            b'{"prompt": [1, "a"]}',
+            400,
+            "field prompt.1: Input should be a valid integer",
+        ),
+        ("/v1/completions", b'{"prompt": "a", "stop": [1]}', 400, "field stop.0: "),
+        (
+            "/v1/chat/completions",
+            b'{"messages": [{"role": "user"}]}',
+            400,
+            "field messages.0.content: Field required",
+        ),
+        (
+            "/v1/chat/completions",
+            b'{"messages": [{"role": "user", "content": "", "name": 1}]}',
+            400,
+            "field messages.0.name: ",
+        ),
         ("/v1/completions", b"{}", 400, "prompt"),
         ("/v1/completions", b'{"prompt": ""}', 400, "empty"),
         ("/v1/completions", b'{"prompt": 3}', 400, "prompt"),
@@ -198,6 +230,16 @@ def test_an_image_bomb_is_refused(client):
     answer = look(client, data[:40000])
     assert answer.status_code == 400
     assert "pixels" in answer.json()["error"]["message"]
+
+
+def test_an_image_too_large_for_pillow_is_called_that(client):
+    """Its header alone says 400 million pixels."""
+    small = png()
+    header = b"IHDR" + (20_000).to_bytes(4) * 2 + small[24:29]
+    bomb = small[:12] + header + zlib.crc32(header).to_bytes(4) + small[33:]
+    answer = look(client, bomb)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "image: too many pixels, more than 67,108,864; scale it down"
 
 
 def test_the_page_has_a_form_and_loads_nothing(client):

@@ -20,7 +20,9 @@ def test_a_declared_large_body_is_refused_before_it_is_read(client):
     start = time.monotonic()
     answer = raw(client, head)
     assert b" 413 " in answer.splitlines()[0]
-    assert b"connection: close" in answer  # the body is never read: the connection ends with the answer
+    assert (
+        b"connection: close" in answer
+    )  # the body is never read: the connection ends with the answer
     assert time.monotonic() - start < 3  # not when the keep-alive runs out, at 5 s
 
 
@@ -174,7 +176,7 @@ def test_many_at_once_all_get_their_own_answer(text_engine):
 
 
 def test_names_must_differ(text_engine):
-    with pytest.raises(UsageError, match="same name"):
+    with pytest.raises(UsageError, match="same name, 'writer'"):
         create_app([text_engine, text_engine])
     with pytest.raises(UsageError):
         create_app([])

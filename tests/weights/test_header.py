@@ -47,6 +47,7 @@ def test_well_formed_file_is_read(tmp_path: Path) -> None:
         (b"{", "not valid JSON"),
         (b"\xff", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
+        (b"[" + b"9" * 5000 + b"]", "not valid JSON"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, header: Any, says: str) -> None:
