@@ -56,8 +56,7 @@ def command(
     from qlx.cli import render_plan
 
     available = planning.parse_bytes(vram) if vram else None
-    if (recipe and sizes) or (suggest and available is None):
-        raise click.UsageError("give RECIPE or --params, not both; --suggest needs --vram")
+    _check_options(recipe, overrides, sizes, suggest, available)
     if recipe is None and len(sizes) != 1:
         counts = [planning.parse_count(size) for size in sizes] or planning.DEFAULT_SIZES
         setup = _changed(planning.Setup(), (), changes)
@@ -65,12 +64,33 @@ def command(
         session.emit(render_plan.table_data(table, available), render_plan.print_table)
         return 0
     shape, setup = _asked(recipe, overrides, sizes)
+    planning.check_rank(shape, max(ranks, default=0))
     plan = planning.plan_shape(shape, _changed(setup, ranks, changes))
     nearest = planning.suggest(shape, plan.setup, available or 0) if suggest else None
     session.emit(
         render_plan.plan_data(plan, available, nearest, asked=suggest), render_plan.print_plan
     )
     return 0 if available is None or plan.fits(available) or nearest else 1
+
+
+def _check_options(
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    sizes: tuple[str, ...],
+    suggest: bool,
+    available: int | None,
+) -> None:
+    """Refuse options that would be without effect."""
+    if recipe and sizes:
+        raise click.UsageError("give RECIPE or --params, not both")
+    if overrides and not recipe:
+        raise click.UsageError("--set changes a field of RECIPE, and none is given")
+    if suggest and available is None:
+        raise click.UsageError(
+            "--suggest needs --vram, the memory to fit into, such as --vram 16GB"
+        )
+    if suggest and not recipe and len(sizes) != 1:
+        raise click.UsageError("--suggest is for one plan: give RECIPE or one --params")
 
 
 def _asked(

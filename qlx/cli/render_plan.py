@@ -39,8 +39,9 @@ def print_plan(console: "Console", data: Mapping[str, Any]) -> None:
         f"of width {shape['hidden']}; {format_count(data['trained_parameters'])} trained"
     )
     length = shape["tokens"] or setup["tokens"]
+    kind = f"base stored as {setup['weights']}, rank {setup['rank']}"
     console.print(
-        f"base stored as {setup['weights']}, rank {setup['rank']}, batch {setup['batch']} of "
+        f"{kind if setup['rank'] else 'all weights trained'}, batch {setup['batch']} of "
         f"{length} positions, checkpointing {'on' if setup['checkpointing'] else 'off'}"
     )
     table = Table("part", "memory", box=None, pad_edge=False)

@@ -176,10 +176,12 @@ def plan_shape(shape: Shape, setup: Setup) -> Plan:
     frozen_other = 0 if full else shape.other_parameters
     largest = max(d_in * d_out for d_in, d_out in shape.linears.values())
     materialized = setup.weights.quantized and not full
+    kept = trained * setup.trained_bytes
+    frozen = frozen_linear * setup.weights.code_bits / 8 + frozen_other * setup.compute_bytes
     parts = Parts(
-        weights=frozen_linear * setup.weights.code_bits / 8 + frozen_other * setup.compute_bytes,
+        weights=kept if full else frozen,
         constants=frozen_linear * setup.weights.constant_bytes,
-        adapter=trained * setup.trained_bytes,
+        adapter=0 if full else kept,
         gradients=trained * 4,
         optimizer=trained * OPTIMIZER_BYTES[setup.optimizer],
         activations=activation_bytes(shape, setup),
@@ -194,6 +196,19 @@ def plan_shape(shape: Shape, setup: Setup) -> Plan:
         activations_with_checkpointing=activation_bytes(shape, replace(setup, checkpointing=True)),
         activations_without=activation_bytes(shape, replace(setup, checkpointing=False)),
     )
+
+
+def check_rank(shape: Shape, rank: int) -> None:
+    """Refuse a rank that no matrix of the shape has; such an adapter is larger than what it changes.
+
+    Raises:
+        UsageError: it is above the full rank of every linear map.
+    """
+    full = max(min(sizes) for sizes in shape.linears.values())
+    if rank > full:
+        raise UsageError(
+            f"rank {rank} is more than any matrix of {shape.name} has ({full}); give a smaller --rank"
+        )
 
 
 def plan_size(parameters: int, setup: Setup | None = None) -> Plan:

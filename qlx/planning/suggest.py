@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qlx.planning.memory import Plan, Setup, plan_shape, weight_format
+from qlx.planning.memory import Plan, Setup, check_rank, plan_shape, weight_format
 from qlx.planning.shapes import Shape, shape_from_count
 
 DEFAULT_SIZES = tuple(int(n * 1e9) for n in (0.6, 1.2, 3.2, 7, 8, 13, 32, 70))
@@ -24,9 +24,15 @@ def size_table(
     ranks: Sequence[int] = DEFAULT_RANKS,
     setup: Setup | None = None,
 ) -> SizeTable:
-    """Plans of every size (in parameters) at every rank, all else as in `setup`."""
+    """Plans of every size (in parameters) at every rank, all else as in `setup`.
+
+    Raises:
+        UsageError: a rank that no matrix of one of the models has.
+    """
     start = setup or Setup()
     shapes = [shape_from_count(size) for size in sizes]
+    for shape in shapes:
+        check_rank(shape, max(ranks))
     rows = (tuple(plan_shape(s, replace(start, rank=r)) for r in ranks) for s in shapes)
     return SizeTable(tuple(ranks), tuple(rows))
 

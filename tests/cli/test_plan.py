@@ -66,11 +66,32 @@ def test_a_recipe_is_planned_and_options_change_it(tmp_path, capsys):
     assert "total" in out
 
 
+def test_full_training_shows_its_weights(capsys):
+    _, data = planned(capsys, "--params", "7B", "--rank", "0")
+    parts, count = data["parts"], data["trained_parameters"]
+    assert (parts["weights"], parts["adapter"]) == (4 * count, 0)
+    assert parts["weights"] + parts["gradients"] + parts["optimizer"] == 16 * count
+    assert main(["plan", "--params", "7B", "--rank", "0"]) == 0
+    assert "all weights trained, batch 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [["--params", "7B", "--suggest"], ["--params", "lots"], ["--params", "7B", "--vram", "16"],
-     ["--params", "7B", "--rank", "8", "--rank", "16"]],
-)  # fmt: skip
-def test_what_makes_no_sense_is_a_usage_error(arguments, capsys):
+    ("arguments", "says"),
+    [
+        (["--params", "7B", "--suggest"], "--suggest needs --vram"),
+        (["--suggest", "--vram", "16GB"], "--suggest is for one plan"),
+        (["--params", "7B", "--set", "adapter.rank=4"], "--set changes a field of RECIPE"),
+        (["--set", "adapter.rank=4"], "--set changes a field of RECIPE"),
+        (["--params", "lots"], "'lots'"),
+        (["--params", "7B", "--vram", "16"], "'16'"),
+        (["--params", "7B", "--rank", "8", "--rank", "16"], "several --rank"),
+        (["--params", "7B", "--rank", "-1"], "-1"),
+        (["--params", "7B", "--rank", "100000"], "rank 100000 is more than any matrix"),
+        (["--params", "7B", "--params", "1B", "--rank", "100000"], "rank 100000 is more"),
+    ],
+)
+def test_what_makes_no_sense_is_a_usage_error(arguments, says, capsys):
     assert main(["plan", *arguments]) == 2
-    assert capsys.readouterr().err.startswith("qlx: ")
+    error = capsys.readouterr().err
+    assert error.startswith("qlx: ")
+    assert says in error

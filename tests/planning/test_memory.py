@@ -106,8 +106,8 @@ def test_adapter_parameters_are_what_peft_trains():
 def test_full_training_takes_sixteen_bytes_a_parameter():
     plan = plan_size(7 * 10**9, Setup(rank=0))
     parts = plan.parts
-    assert parts.weights == parts.constants == parts.dequantized_layer == 0
-    state = parts.adapter + parts.gradients + parts.optimizer
+    assert parts.adapter == parts.constants == parts.dequantized_layer == 0
+    state = parts.weights + parts.gradients + parts.optimizer
     assert state == 16 * plan.shape.parameters
 
 
