@@ -1,8 +1,9 @@
 """A base whose files hold codes, seen as the plain weights it stands for.
 
-GPTQ, AWQ and BitNet layouts keep a weight in several tensors. Here each is one tensor under its plain
-name, with the dtype of its scales, and its parts are out of sight; so a merge plans and streams such
-a base like any other, and writes plain weights.
+GPTQ, AWQ, BitNet and bitsandbytes layouts keep a weight in several tensors. Here each is one tensor
+under its plain name, with the dtype of its scales (or, of bitsandbytes', the one it had before), and
+its parts are out of sight; so a merge plans and streams such a base like any other, and writes plain
+weights.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qlx.models import stored_codes
-from qlx.quant import PackedIntegers, StoredQuantization
+from qlx.quant import PackedTensor, StoredQuantization
 from qlx.weights import TensorInfo, WeightSet, open_weights, read_tensors
 
 __all__ = ["CodedWeights", "open_base"]
@@ -29,7 +30,8 @@ class CodedWeights(WeightSet):
         files = {name: self.headers[path].tensors.get(name) for name, path in self.places.items()}
         infos = {name: info for name, info in files.items() if info is not None}
         names = self.stored.weight_names(infos)
-        return {name: self.stored.plain_info(infos, name) for name in names}
+        states = read_tensors(self.directory, self.stored.state_names(infos))
+        return {name: self.stored.plain_info(infos, name, states) for name in names}
 
     @cached_property
     def _hidden(self) -> frozenset[str]:
@@ -47,7 +49,7 @@ class CodedWeights(WeightSet):
     def __len__(self) -> int:
         return len(self.places) - len(self._hidden & self.places.keys())
 
-    def packed(self, name: str) -> PackedIntegers:
+    def packed(self, name: str) -> PackedTensor:
         """The codes of weight `name`.
 
         Raises:

@@ -49,7 +49,15 @@ KNOWN: Mapping[Task, tuple[str, ...]] = {
 """Model types that are loaded, by task."""
 
 _TRANSPOSED: Mapping[str, tuple[str, ...]] = {"gpt2": ("c_attn", "q_attn", "c_proj", "c_fc")}
-_HARMLESS = frozenset(("_name_or_path", "_commit_hash", "_attn_implementation_autoset"))
+_HARMLESS = frozenset(
+    (
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation_autoset",
+        "_load_in_4bit",  # bitsandbytes' own, beside the public fields of the same names
+        "_load_in_8bit",
+    )
+)
 _NAMES_CODE = frozenset(
     ("auto_map", "attn_implementation", "trust_remote_code", "custom_pipelines", "custom_generate")
 )

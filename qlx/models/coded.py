@@ -1,4 +1,4 @@
-"""Bases whose files hold codes instead of weights: GPTQ, AWQ and BitNet checkpoints."""
+"""Bases whose files hold codes instead of weights: GPTQ, AWQ, BitNet and bitsandbytes checkpoints."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,13 @@ from torch import nn
 from qlx.checkpoint import QuantSpec, load_json
 from qlx.errors import CorruptCheckpoint, Unsupported, require
 from qlx.models.architectures import CONFIG_FILE
-from qlx.quant import IntegerLinear, StoredQuantization, stored_quantization, torch_dtype_of
+from qlx.quant import (
+    IntegerLinear,
+    PackedIntegers,
+    StoredQuantization,
+    stored_quantization,
+    torch_dtype_of,
+)
 from qlx.weights import open_weights, read_tensors
 
 __all__ = ["load_codes", "logical_names", "stored_codes", "without_report"]
@@ -24,9 +30,13 @@ def stored_codes(directory: Path) -> StoredQuantization | None:
     """
     config = load_json(Path(directory) / CONFIG_FILE)
     try:
-        return stored_quantization(config if isinstance(config, dict) else {})
-    except Unsupported as error:
-        raise Unsupported(f"{directory}: {error}") from error
+        stored = stored_quantization(config if isinstance(config, dict) else {})
+        if stored is None or stored.method != "bitsandbytes":
+            return stored
+        names = open_weights(directory)
+        return stored.as_states_say(names, read_tensors(directory, stored.state_names(names)))
+    except (Unsupported, CorruptCheckpoint) as error:
+        raise type(error)(f"{directory}: {error}") from error
 
 
 def logical_names(files: Iterable[str]) -> list[str]:
@@ -74,6 +84,7 @@ def load_codes(
             raise CorruptCheckpoint(f"{directory}: the codes of {name!r} belong to no linear layer")
         parts = [part for part in stored.part_names(name) if part in weights]
         packed = stored.read(read_tensors(directory, parts), name)
+        assert isinstance(packed, PackedIntegers)  # transformers itself loads the 4-bit layers
         if packed.shape != (linear.out_features, linear.in_features):
             raise CorruptCheckpoint(
                 f"{directory}: the codes of {name!r} are {list(packed.shape)}, the model has "

@@ -21,7 +21,16 @@ from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, r
 from qlx.models.architectures import Labels, auto_class, read_config
 from qlx.models.coded import load_codes, stored_codes, without_report
 from qlx.models.names import tensor_names
-from qlx.quant import StoredQuantization
+from qlx.quant import (
+    StoredQuantization,
+    bnb_config,
+    guard_bitsandbytes,
+    packed_fingerprint,
+    packed_modules,
+    packed_of_module,
+    quantize_model,
+    set_compute_dtype,
+)
 from qlx.weights import open_weights
 
 __all__ = [
@@ -78,16 +87,24 @@ def load_base(
     source_path = Path(source_path)
     config = _config(Path(config_from or source_path), task, new_head)
     stored = _codes_to_load(source_path, quant)
-    options = {"quantization_config": _hf_quantization(quant)} if _quantizes_on_load(quant) else {}
-    with without_report(stored is not None):
+    theirs = stored is not None and stored.method == "bitsandbytes"
+    if theirs:
+        require("bitsandbytes", "train")
+        config.quantization_config = read_config(source_path)["quantization_config"]
+    ours = None if theirs else stored
+    on_load = stored is None and quant is not None and quant.quantized and quant.mode == "hf"
+    options = {"quantization_config": bnb_config(quant)} if on_load and quant else {}
+    with without_report(ours is not None):
         model, info = _from_pretrained(source_path, task, config, dtype, options)
-    names = tensor_names(model, source_path) if stored is not None else {}
-    coded = load_codes(model, source_path, names, stored, quant) if stored is not None else []
+    names = tensor_names(model, source_path) if ours is not None else {}
+    coded = load_codes(model, source_path, names, ours, quant) if ours is not None else []
     _check_loaded(
         source_path, info, coded, head_may_differ=new_head is not None or config_from is not None
     )
-    if stored is None:
-        _quantize(model, quant)
+    if theirs or on_load:
+        _guard(model, quant)
+    elif stored is None and quant is not None and quant.quantized:
+        quantize_model(model, quant)
     return model.eval()
 
 
@@ -112,8 +129,7 @@ def model_config(directory: Path, task: Task) -> Any:
 
 def _config(directory: Path, task: Task, new_head: Labels | None) -> Any:
     raw = read_config(directory, task)
-    if stored_codes(directory) is not None:
-        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
+    raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     transformers = require("transformers", "train")
     try:
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
@@ -144,15 +160,11 @@ def _codes_to_load(directory: Path, quant: QuantSpec | None) -> StoredQuantizati
     return stored
 
 
-def _quantizes_on_load(quant: QuantSpec | None) -> bool:
-    return quant is not None and quant.quantized and quant.mode == "hf"
-
-
-def _hf_quantization(quant: QuantSpec | None) -> Any:
-    from qlx.quant import bnb_config
-
-    assert quant is not None
-    return bnb_config(quant)
+def _guard(model: nn.Module, quant: QuantSpec | None) -> None:
+    """Make the layers of bitsandbytes exact, and let them compute as `quant` says, if it does."""
+    guard_bitsandbytes(model)
+    if quant is not None and quant.quantized:
+        set_compute_dtype(model, torch_float(quant.compute_dtype))
 
 
 def _from_pretrained(
@@ -202,23 +214,12 @@ def _check_loaded(
         )
 
 
-def _quantize(model: nn.Module, quant: QuantSpec | None) -> None:
-    from qlx.quant import guard_bitsandbytes, quantize_model
-
-    if quant is not None and quant.quantized and quant.mode == "manual":
-        quantize_model(model, quant)
-    elif hasattr(model, "quantization_method") or getattr(model, "is_quantized", False):
-        guard_bitsandbytes(model)
-
-
 def with_quantized_names(model: nn.Module, spec: QuantSpec, directory: Path) -> QuantSpec:
     """`spec` completed with what became of it: modules, their tensors in the base's files, fingerprint.
 
     Raises:
         Unsupported: a quantized weight has no tensor of its own in the base's files.
     """
-    from qlx.quant import packed_modules
-
     modules = sorted(name for name, _ in packed_modules(model))
     stored = tensor_names(model, directory)
     missing = [name for name in modules if f"{name}.weight" not in stored]
@@ -235,8 +236,6 @@ def with_quantized_names(model: nn.Module, spec: QuantSpec, directory: Path) -> 
 
 def quantized_fingerprint(model: nn.Module, stored: Mapping[str, str]) -> str:
     """Fingerprint of all codes and scales, by the names `stored` gives the weights on disk."""
-    from qlx.quant import packed_fingerprint, packed_modules, packed_of_module
-
     return packed_fingerprint(
         (stored[f"{name}.weight"], packed_of_module(layer)) for name, layer in packed_modules(model)
     )
@@ -319,8 +318,6 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Codes, scales and buffers (rotary frequencies, for one) stay as they are.
     """
-    from qlx.quant import set_compute_dtype
-
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -93,6 +93,7 @@ def guard_module(name: str, module: Any) -> None:
             f"layer {name!r} has {columns} inputs, not a multiple of the block size "
             f"{state.blocksize}; bitsandbytes reads such weights wrongly: add it to skip_modules"
         )
+    state.dtype = torch.float32  # what PEFT's DoRA decodes to; the codes mean float32 values
     module.__class__ = GuardedLinear4bit
     module.support_avx512bf16_for_cpu = False
 

@@ -7,6 +7,7 @@ tensor. A directory written from these entries loads in transformers with bitsan
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +29,27 @@ from qlx.quant.codec4bit import (
 )
 
 __all__ = [
+    "StoredState",
     "entry_names",
     "is_packed_weight",
     "packed_entries",
     "packed_from_entries",
+    "packed_weights",
+    "stored_state",
 ]
 
 _STATE = ".quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What the state beside a 4-bit weight says of it; `nested` is double quantization."""
+
+    scheme: Scheme
+    block_size: int
+    nested: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def entry_names(name: str, scheme: Scheme, *, nested: bool) -> tuple[str, ...]:
@@ -47,6 +62,34 @@ def is_packed_weight(names: Iterable[str], name: str) -> bool:
     """Whether `name` is a 4-bit weight among the tensor `names` of a checkpoint."""
     known = names if isinstance(names, Mapping | set | frozenset) else set(names)
     return any(f"{name}{_STATE}{scheme}" in known for scheme in FOUR_BIT)
+
+
+def packed_weights(names: Iterable[str]) -> dict[str, str]:
+    """The 4-bit weights among the tensor `names` of a checkpoint, each with its state's name."""
+    return {name.partition(_STATE)[0]: name for name in sorted(names) if _STATE in name}
+
+
+def stored_state(entries: Mapping[str, Tensor], name: str) -> StoredState:
+    """What the state of the weight `name` says; `entries` need hold no more than that state.
+
+    Raises:
+        CorruptCheckpoint: there is not one state, or a field of it is not what it must be.
+        Unsupported: a scheme, block size or dtype that qlx does not know.
+    """
+    scheme = _scheme(entries, name)
+    state = _state(entries[f"{name}{_STATE}{scheme}"], name)
+    if state.get("quant_type") != scheme or state.get("blocksize") not in BLOCK_SIZES:
+        raise Unsupported(
+            f"tensor {name!r}: quantization {state.get('quant_type')!r} with blocks of "
+            f"{state.get('blocksize')!r} is not known"
+        )
+    return StoredState(
+        scheme,
+        state["blocksize"],
+        "nested_offset" in state,
+        _shape(state, name),
+        _dtype(state, name),
+    )
 
 
 def packed_entries(packed: PackedTensor, name: str) -> dict[str, Tensor]:
@@ -94,13 +137,11 @@ def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> Packed4bit:
         CorruptCheckpoint: a part is missing, or sizes, dtypes or the level table do not agree.
         Unsupported: a scheme, block size or dtype that qlx does not know.
     """
-    scheme = _scheme(entries, name)
+    known = stored_state(entries, name)
+    scheme = known.scheme
     state = _state(entries[f"{name}{_STATE}{scheme}"], name)
-    if state.get("quant_type") != scheme or state.get("blocksize") not in BLOCK_SIZES:
-        raise Unsupported(
-            f"tensor {name!r}: quantization {state.get('quant_type')!r} with blocks of "
-            f"{state.get('blocksize')!r} is not known"
-        )
+    if name not in entries:
+        raise CorruptCheckpoint(f"tensor {name!r} is missing")
     if not torch.equal(_part(entries, f"{name}.quant_map", torch.float32), levels(scheme)):
         raise Unsupported(f"tensor {name!r}: its level table is not the {scheme} table")
     nested = _nested(entries, name, state)
@@ -109,10 +150,10 @@ def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> Packed4bit:
         codes=entries[name].contiguous().view(torch.uint8).reshape(-1),
         absmax=_part(entries, absmax, torch.float32) if nested is None else unnest_scales(nested),
         nested=nested,
-        shape=_shape(state, name),
-        dtype=_dtype(state, name),
+        shape=known.shape,
+        dtype=known.dtype,
         scheme=scheme,
-        block_size=state["blocksize"],
+        block_size=known.block_size,
     )
     _check_sizes(packed, name)
     return packed
@@ -120,7 +161,7 @@ def packed_from_entries(entries: Mapping[str, Tensor], name: str) -> Packed4bit:
 
 def _scheme(entries: Mapping[str, Tensor], name: str) -> Scheme:
     found = [scheme for scheme in FOUR_BIT if f"{name}{_STATE}{scheme}" in entries]
-    if len(found) != 1 or name not in entries:
+    if len(found) != 1:
         raise CorruptCheckpoint(f"tensor {name!r}: not one 4-bit weight with one quant_state")
     return found[0]
 

@@ -1,27 +1,32 @@
 """Bases that come quantized: what `config.json` says of them, and their weights one by one.
 
-GPTQ, AWQ and BitNet checkpoints keep codes in layouts of their own under names of their own. Here a
-weight goes by the name it would have in a plain checkpoint, `<module>.weight`, whatever parts it has.
+GPTQ, AWQ, BitNet and 4-bit bitsandbytes checkpoints keep codes in layouts of their own under names of
+their own. Here a weight goes by the name it would have in a plain checkpoint, `<module>.weight`,
+whatever parts it has.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
 from qlx.checkpoint import QuantSpec
 from qlx.errors import CorruptCheckpoint, Unsupported
 from qlx.quant.bitnet import BitnetClass, packed_from_bitnet
-from qlx.quant.integers import IntegerScheme, PackedIntegers
+from qlx.quant.codec import PackedTensor
+from qlx.quant.codec4bit import FOUR_BIT, Scheme
+from qlx.quant.integers import IntegerScheme
+from qlx.quant.layout import entry_names, packed_from_entries, packed_weights, stored_state
 from qlx.quant.words import packed_from_awq, packed_from_gptq, scheme_of_bits
-from qlx.weights import TensorInfo
+from qlx.weights import TensorInfo, torch_dtype_name
 
 __all__ = ["STORED_BACKENDS", "StoredQuantization", "stored_quantization"]
 
-Method = Literal["gptq", "awq", "bitnet"]
+Method = Literal["gptq", "awq", "bitnet", "bitsandbytes"]
 
-STORED_BACKENDS: tuple[Method, ...] = ("gptq", "awq", "bitnet")
+STORED_BACKENDS: tuple[Method, ...] = ("gptq", "awq", "bitnet", "bitsandbytes")
 """Layouts of bases that come quantized and can be read."""
 
 _WORD_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -36,33 +41,69 @@ class StoredQuantization:
     """
 
     method: Method
-    scheme: IntegerScheme
+    scheme: IntegerScheme | Scheme
     bits: int
     group_size: int | None
     symmetric: bool
     zeros_less_one: bool = True
     linear_class: BitnetClass = "bitlinear"
+    double_quant: bool = False
 
     def weight_names(self, names: Iterable[str]) -> list[str]:
         """The packed weights, as `<module>.weight`, among the tensor names of a checkpoint, sorted."""
+        if self.method == "bitsandbytes":
+            return list(packed_weights(names))
         mark = ".weight_scale" if self.method == "bitnet" else ".qweight"
         return sorted(f"{n.removesuffix(mark)}.weight" for n in names if n.endswith(mark))
 
     def part_names(self, name: str) -> tuple[str, ...]:
-        """Names of the tensors that make up the weight `name`; GPTQ's last may be absent."""
+        """Names of the tensors that make up the weight `name`; some of the last may be absent."""
+        if self.method == "bitsandbytes":
+            names = (entry_names(name, scheme, nested=True) for scheme in FOUR_BIT)
+            return tuple(dict.fromkeys(part for parts in names for part in parts))
         if self.method == "bitnet":
             return (name, f"{name}_scale")
         stem = name.removesuffix(".weight")
         return tuple(f"{stem}.{part}" for part in _WORD_PARTS)
 
-    def plain_info(self, infos: Mapping[str, TensorInfo], name: str) -> TensorInfo:
+    def state_names(self, names: Iterable[str]) -> list[str]:
+        """The small tensors that say what headers do not, which `plain_info` needs to see."""
+        return list(packed_weights(names).values()) if self.method == "bitsandbytes" else []
+
+    def as_states_say(self, names: Iterable[str], states: Mapping[str, Tensor]) -> Self:
+        """The same, with what only the files tell: block size and scheme of bitsandbytes' weights.
+
+        Raises:
+            CorruptCheckpoint: there is no packed weight.
+            Unsupported: the weights are not all packed alike.
+        """
+        if self.method != "bitsandbytes":
+            return self
+        found = [stored_state(states, name) for name in self.weight_names(names)]
+        kinds = {(state.scheme, state.block_size, state.nested) for state in found}
+        if len(kinds) != 1:
+            raise (Unsupported if kinds else CorruptCheckpoint)(
+                f"its 4-bit weights are of {len(kinds)} kinds (scheme, block size, double quantization); "
+                "one is expected"
+            )
+        ((scheme, block_size, nested),) = kinds
+        return replace(self, scheme=scheme, group_size=block_size, double_quant=nested)
+
+    def plain_info(
+        self, infos: Mapping[str, TensorInfo], name: str, states: Mapping[str, Tensor]
+    ) -> TensorInfo:
         """What the weight `name` would be in a plain checkpoint; the offsets only count its bytes.
 
-        Its dtype is that of its scales. `infos` holds the parts as the files' headers have them.
+        Its dtype is that of its scales, or what it was before bitsandbytes. `infos` holds the parts
+        as the files' headers have them, `states` the tensors of `state_names`.
 
         Raises:
             CorruptCheckpoint: a part is missing.
         """
+        if self.method == "bitsandbytes":
+            state = stored_state(states, name)
+            size = prod(state.shape) * state.dtype.itemsize
+            return TensorInfo(name, torch_dtype_name(state.dtype), state.shape, 0, size)
         first, *rest = self.part_names(name)
         scale = rest[0] if self.method == "bitnet" else rest[1]
         if first not in infos or scale not in infos:
@@ -77,13 +118,15 @@ class StoredQuantization:
         dtype = infos[scale].dtype
         return TensorInfo(name, dtype, shape, 0, shape[0] * shape[1] * (4 if dtype == "F32" else 2))
 
-    def read(self, entries: Mapping[str, Tensor], name: str) -> PackedIntegers:
+    def read(self, entries: Mapping[str, Tensor], name: str) -> PackedTensor:
         """The packed weight `name` from the tensors it is made of.
 
         Raises:
             CorruptCheckpoint: a part is missing, or does not fit the others.
             Unsupported: the layout is known but not this use of it.
         """
+        if self.method == "bitsandbytes":
+            return packed_from_entries(entries, name)
         if self.method == "bitnet":
             return packed_from_bitnet(entries, name, self.linear_class)
         if self.method == "awq":
@@ -104,25 +147,28 @@ class StoredQuantization:
             scheme=self.scheme,
             group_size=self.group_size,
             symmetric=self.symmetric,
+            double_quant=self.double_quant,
             backend=self.method,
             **fields,
         )
 
 
 def stored_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
-    """What a `config.json` says of its weights; None for plain ones and for bitsandbytes.
+    """What a `config.json` says of its weights; None for plain ones.
+
+    Block size and scheme of bitsandbytes' weights are in the files (`as_states_say`).
 
     Raises:
         Unsupported: another method, or a variant of these that is not read (the message says why).
     """
     section = config.get("quantization_config")
-    if section is None or section.get("quant_method") == "bitsandbytes":
+    if section is None:
         return None
-    readers = {"gptq": _gptq, "awq": _awq, "bitnet": _bitnet}
+    readers = {"gptq": _gptq, "awq": _awq, "bitnet": _bitnet, "bitsandbytes": _bitsandbytes}
     method = section.get("quant_method")
     if method not in readers:
         raise Unsupported(
-            f"weights quantized by {method!r} cannot be read; gptq, awq and bitnet can, or start "
+            f"weights quantized by {method!r} cannot be read; {', '.join(readers)} can, or start "
             "from the plain model"
         )
     return readers[method](section)
@@ -168,6 +214,22 @@ def _bitnet(section: Mapping[str, Any]) -> StoredQuantization:
     return StoredQuantization(
         "bitnet", "ternary", 2, None, symmetric=True, linear_class=linear_class
     )
+
+
+def _bitsandbytes(section: Mapping[str, Any]) -> StoredQuantization:
+    if not section.get("load_in_4bit"):
+        raise Unsupported(
+            "bitsandbytes weights of 8 bits; its 4-bit ones can be read, or start from the plain model "
+            "with quant_type: int8"
+        )
+    storage = section.get("bnb_4bit_quant_storage", "uint8")
+    if storage != "uint8":
+        raise Unsupported(f"bitsandbytes codes stored as {storage}; as uint8 they can be read")
+    scheme = section.get("bnb_4bit_quant_type", "fp4")
+    if scheme not in FOUR_BIT:
+        raise Unsupported(f"bitsandbytes weights of type {scheme!r}")
+    double = bool(section.get("bnb_4bit_use_double_quant", False))
+    return StoredQuantization("bitsandbytes", scheme, 4, 64, symmetric=True, double_quant=double)
 
 
 def _group_size(section: Mapping[str, Any]) -> int | None:

@@ -30,9 +30,11 @@ from qlx.models import (
     STORED_DTYPE,
     load_base,
     make_probe,
+    stored_codes,
     synthetic_inputs,
     task_of,
     tensor_names,
+    with_quantized_names,
 )
 from qlx.training.material import GENERATION_FILE
 
@@ -100,8 +102,12 @@ def _from_run(run: Checkpoint, output: Path, base: str | None, force: bool) -> C
 
 def _from_peft(source: Path, base: Source, output: Path, force: bool) -> Checkpoint:
     task = task_of(base)
-    quantization = QuantSpec(extras={STORED_DTYPE: "float32"})
-    names = tensor_names(model := load_base(base.path, task), base.path)
+    loaded = {STORED_DTYPE: "float32"}
+    stored = stored_codes(base.path)
+    quantization = QuantSpec(extras=loaded) if stored is None else stored.spec(extras=loaded)
+    names = tensor_names(model := load_base(base.path, task, quant=quantization), base.path)
+    if quantization.quantized:
+        quantization = with_quantized_names(model, quantization, base.path)
     adapted = attach_from(model, source)
     inputs = synthetic_inputs(task, adapted.config)
     manifest = Manifest(

@@ -16,7 +16,7 @@ from qlx.models import (
     tensor_names,
 )
 from qlx.recipe import Recipe
-from qlx.training.job import base_quantization, new_head
+from qlx.training.job import base_quantization, new_head, quant_spec
 from qlx.training.tags import tag_of
 from qlx.weights import open_weights
 
@@ -70,11 +70,14 @@ def check(recipe: Recipe) -> DryRun:
     model = _Findings()
     if found:
         model = _check_model(recipe, None if source is None else source.path, train)
+    spec = quant_spec(recipe.quantization, recipe.base.dtype)
+    if source is not None:
+        spec = base_quantization(recipe, source.path)
     missing = f"base {recipe.base.path} not found locally; target modules and tokenizer not checked"
     return DryRun(
         recipe=recipe.name,
         task=recipe.task,
-        tag=tag_of(recipe, recipe.base.path),
+        tag=tag_of(recipe, recipe.base.path, spec),
         base=recipe.base.path,
         base_found=found,
         train_examples=len(train),
@@ -120,7 +123,6 @@ def _check_model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSpli
     quantized: tuple[str, ...] = ()
     stored = None if base is None else stored_codes(base)
     if base is not None and stored is not None:
-        base_quantization(recipe, base)
         names = {disk: memory for memory, disk in tensor_names(model, base).items()}
         weights = stored.weight_names(open_weights(base))
         quantized = tuple(names[name].removesuffix(".weight") for name in weights if name in names)

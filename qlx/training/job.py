@@ -95,7 +95,7 @@ def base_quantization(recipe: Recipe, base: Path) -> QuantSpec:
     if recipe.quantization is not None or recipe.adapter is None:
         what = "leave out the section quantization" if recipe.adapter else "add the section adapter"
         raise Unsupported(
-            f"{base}: its weights are {stored.method} codes and stay as they are; {what}"
+            f"{base}: its weights are {stored.method} codes already and stay as they are; {what}"
         )
     dtype = recipe.base.dtype
     return stored.spec(compute_dtype=dtype, extras={STORED_DTYPE: dtype})

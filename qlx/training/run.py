@@ -269,7 +269,7 @@ def _manifest(job: Job, steps: int, before: dict[str, float], after: dict[str, f
     return Manifest(
         kind="run",
         task=recipe.task,
-        tag=tag_of(recipe, None if source is None else source.name),
+        tag=tag_of(recipe, None if source is None else source.name, job.quantization),
         base=None if source is None else source.reference(),
         quantization=job.quantization,
         adapter=_adapter_spec(job),

@@ -2,6 +2,7 @@
 
 import re
 
+from qlx.checkpoint import QuantSpec
 from qlx.recipe import Recipe
 
 __all__ = ["tag_of"]
@@ -10,8 +11,8 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _LONGEST = 200
 
 
-def tag_of(recipe: Recipe, base_name: str | None) -> str:
-    """Base, data, kind of training, adapter, quantization and the dtype of the head."""
+def tag_of(recipe: Recipe, base_name: str | None, spec: QuantSpec) -> str:
+    """Base, data, kind of training, adapter, quantization of the base and the dtype of the head."""
     base = _word((base_name or "").rstrip("/").rpartition("/")[2])
     data = _word(
         recipe.data.variant
@@ -25,12 +26,9 @@ def tag_of(recipe: Recipe, base_name: str | None) -> str:
             "DoRa" if recipe.adapter.use_dora else "rsLoRa" if recipe.adapter.use_rslora else "LoRa"
         )
         parts.append(f"{kind}{recipe.adapter.rank}")
-    if recipe.quantization is not None:
-        double = "-dq" if recipe.quantization.double_quant else ""
-        parts += [
-            "QLORA",
-            f"w{recipe.quantization.weight_bits}-{recipe.quantization.quant_type}{double}",
-        ]
+    if spec.quantized:
+        double = "-dq" if spec.double_quant else ""
+        parts += ["QLORA", f"w{spec.weight_bits}-{spec.scheme}{double}"]
     parts.append(f"head{_SHORT[recipe.base.dtype]}")
     return "_".join(parts)[:_LONGEST]
 

@@ -90,7 +90,7 @@ def edit(entries, **changes):
     ("spoil", "error", "words"),
     [
         (lambda e: {k: v for k, v in e.items() if k != "w.absmax"}, CorruptCheckpoint, "absmax"),
-        (lambda e: {k: v for k, v in e.items() if k != "w"}, CorruptCheckpoint, "one 4-bit weight"),
+        (lambda e: {k: v for k, v in e.items() if k != "w"}, CorruptCheckpoint, "'w' is missing"),
         (lambda e: e | {"w.absmax": e["w.absmax"][:-1]}, CorruptCheckpoint, "scales"),
         (lambda e: e | {"w": e["w"][:-1]}, CorruptCheckpoint, "code bytes"),
         (lambda e: e | {"w.quant_map": -e["w.quant_map"]}, Unsupported, "level table"),

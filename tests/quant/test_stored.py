@@ -3,17 +3,34 @@
 import pytest
 import torch
 
+from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported
-from qlx.quant import bitnet_entries, quantize_tensor, stored_quantization
+from qlx.quant import bitnet_entries, packed_entries, quantize_tensor, stored_quantization
 
 
 def of(**section):
     return stored_quantization({"quantization_config": section})
 
 
-def test_plain_and_bitsandbytes_bases_are_not_stored_codes():
+def test_plain_bases_are_not_stored_codes():
     assert stored_quantization({}) is None
-    assert of(quant_method="bitsandbytes", load_in_4bit=True) is None
+
+
+def test_blocks_of_bitsandbytes_are_read_from_the_files():
+    stored = of(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    spec = QuantSpec(scheme="nf4", group_size=128, double_quant=True)
+    packed = quantize_tensor(torch.randn(8, 256), spec)
+    entries = packed_entries(packed, "l.weight") | {"norm.weight": torch.ones(4)}
+    names = stored.state_names(entries)
+    assert stored.weight_names(entries) == ["l.weight"]
+    assert names == ["l.weight.quant_state.bitsandbytes__nf4"]
+    found = stored.as_states_say(entries, {name: entries[name] for name in names}).spec()
+    assert (found.scheme, found.group_size, found.double_quant) == ("nf4", 128, True)
+    assert torch.equal(stored.read(entries, "l.weight").values(), packed.values())
+    other = quantize_tensor(torch.randn(8, 256), spec.model_copy(update={"group_size": 64}))
+    with pytest.raises(Unsupported, match="of 2 kinds"):
+        mixed = entries | packed_entries(other, "m.weight")
+        stored.as_states_say(mixed, mixed)
 
 
 def test_gptq_in_both_formats():
@@ -55,6 +72,15 @@ def test_reading_goes_to_the_reader_of_the_layout():
     ("section", "says"),
     [
         ({"quant_method": "aqlm"}, "'aqlm' cannot be read"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "weights of 8 bits"),
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_storage": "bfloat16",
+            },
+            "stored as bfloat16",
+        ),
         ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format 'marlin'"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:a": {"bits": 8}}}, "layer to layer"),

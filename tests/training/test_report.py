@@ -7,6 +7,7 @@ import pytest
 
 from qlx.checkpoint import open_checkpoint
 from qlx.recipe import load_recipe
+from qlx.training.job import quant_spec
 from qlx.training.progress import _clock, read_metrics
 from qlx.training.report import RunSummary, Sample, write_report
 from qlx.training.tags import tag_of
@@ -101,7 +102,8 @@ def test_cut_last_line_of_metrics_is_left_out(tmp_path):
     ],
 )
 def test_tags_are_readable(content, base, tag):
-    assert tag_of(recipe_of(content), base) == tag
+    recipe = recipe_of(content)
+    assert tag_of(recipe, base, quant_spec(recipe.quantization, "float32")) == tag
 
 
 def test_time_left_is_readable():
