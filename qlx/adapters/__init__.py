@@ -14,7 +14,7 @@ from qlx.adapters.attach import (
     parameter_counts,
     save_adapter,
 )
-from qlx.adapters.combination import METHODS, PRUNING, Method, combined_delta
+from qlx.adapters.combination import METHODS, PRUNING, RANDOM, Method, combined_delta
 from qlx.adapters.config import AdapterConfig, read_config, read_peft_type
 from qlx.adapters.experts import split_experts
 from qlx.adapters.formula import (
@@ -35,6 +35,7 @@ from qlx.adapters.reader import AdapterWeights, read_adapter
 __all__ = [
     "METHODS",
     "PRUNING",
+    "RANDOM",
     "AdapterConfig",
     "AdapterWeights",
     "LoraDelta",

@@ -13,16 +13,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from qlx.adapters.formula import LoraDelta, unoriented
+from qlx.adapters.formula import LoraDelta, delta_energy, unoriented
 from qlx.errors import Mismatch, UsageError
 
-__all__ = ["METHODS", "PRUNING", "Method", "combined_delta"]
+__all__ = ["METHODS", "PRUNING", "RANDOM", "Method", "combined_delta"]
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 METHODS: tuple[Method, ...] = get_args(Method)
 """All ways to combine adapters."""
 PRUNING: tuple[Method, ...] = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Those that drop part of each adapter and so need a density."""
+RANDOM: tuple[Method, ...] = ("dare_linear", "dare_ties")
+"""Those that choose what they drop at random and so take a seed."""
+
+_CANCELLED = 1e-12  # of the parts' energy: what rounding leaves of updates that cancel out
 
 
 def combined_delta(
@@ -35,6 +39,8 @@ def combined_delta(
     generator: torch.Generator | None = None,
 ) -> LoraDelta:
     """One update, of scaling 1, in place of several of the same module.
+
+    Where nothing but rounding is left of them, because they cancel out, it is exactly zero.
 
     Args:
         deltas: the updates, all of one kind and shape, without magnitudes and biases.
@@ -67,7 +73,9 @@ def combined_delta(
         b = mixed(
             _stack([d.b for d in deltas], deltas), [abs(s) for s in signed], density, generator
         )
-    return replace(deltas[0], a=a.contiguous(), b=b.contiguous(), scaling=1.0)
+    made = replace(deltas[0], a=a.contiguous(), b=b.contiguous(), scaling=1.0)
+    parts = sum(w * w * delta_energy(delta) for w, delta in zip(weights, deltas, strict=True))
+    return replace(made, b=made.b * 0) if delta_energy(made) <= _CANCELLED * parts else made
 
 
 def _stack(factors: list[Tensor], deltas: Sequence[LoraDelta]) -> Tensor:

@@ -148,7 +148,10 @@ def read_config(directory: Path) -> AdapterConfig:
         raise CorruptCheckpoint(f"{path}: not a JSON object")
     reader = _Reader(path, raw)
     if reader.take("peft_type", str, "LORA") != "LORA":
-        raise Unsupported(f"{path}: peft_type {raw['peft_type']!r} is not handled, only LORA")
+        raise Unsupported(
+            f"{path}: an adapter of type {raw['peft_type']}; only LORA ones are kept apart from their "
+            "base, fold this one into it with `qlx merge`"
+        )
     config = reader.config()
     reader.refuse_the_rest()
     return config

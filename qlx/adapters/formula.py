@@ -18,6 +18,7 @@ __all__ = [
     "LoraDelta",
     "TokenRows",
     "delta_bias",
+    "delta_energy",
     "delta_of_expert",
     "delta_rows",
     "delta_shape",
@@ -115,6 +116,14 @@ def unoriented(delta: LoraDelta) -> Tensor:
     """The product scaling * B @ A in float32 as [out, everything else], however the weight is stored."""
     product: Tensor = (delta.b.float().flatten(1) @ delta.a.float().flatten(1)).mul_(delta.scaling)
     return product
+
+
+def delta_energy(delta: LoraDelta) -> float:
+    """‖scaling · B A‖² (Frobenius) in float64, from the two r x r Gram matrices; magnitudes left out."""
+    if delta.kind == "experts":
+        return sum(delta_energy(delta_of_expert(delta, e)) for e in range(delta.experts))
+    a, b = delta.a.double().flatten(1), delta.b.double().flatten(1)
+    return delta.scaling**2 * float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def delta_of_expert(delta: LoraDelta, expert: int, rows: slice | None = None) -> LoraDelta:

@@ -16,7 +16,7 @@ from qlx.checkpoint.manifest import (
     parse_manifest,
 )
 from qlx.checkpoint.migrate import migrate_value
-from qlx.checkpoint.strict_json import MAX_BYTES, canonical_json, parse_json
+from qlx.checkpoint.strict_json import MAX_BYTES, canonical_json, load_json, parse_json
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
 
 __all__ = ["Checkpoint", "is_checkpoint", "open_checkpoint", "read_manifest", "seal"]
@@ -49,12 +49,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     """
     file = Path(path) / MANIFEST_FILE
     if not file.is_file():
-        what = (
-            "has no qlx.json, so it is not a qlx checkpoint"
-            if Path(path).is_dir()
-            else "is not a directory"
-        )
-        raise InputRefused(f"{path}: {what}")
+        raise InputRefused(f"{path}: {_other_than_checkpoint(Path(path))}")
     with open(file, "rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     return _parse(data, str(file)), bytes_digest(data)
@@ -80,6 +75,21 @@ def _is_sealed(value: dict[str, Any], data: bytes) -> bool:
     content = {name: field for name, field in value.items() if name != "digest"}
     sealed = {**content, "digest": bytes_digest(canonical_json(content))}
     return canonical_json(sealed) == data
+
+
+def _other_than_checkpoint(path: Path) -> str:
+    """What a path without a manifest is, and what takes it in."""
+    if not path.is_dir():
+        return "is not a directory"
+    what = "has no qlx.json, so it is not a qlx checkpoint"
+    config = path / "adapter_config.json"
+    if not config.is_file():
+        return what
+    fields = load_json(config)
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    if kind not in (None, "LORA"):
+        return f"{what} but a plain PEFT adapter of type {kind}; fold it into its base with `qlx merge`"
+    return f"{what} but a plain PEFT adapter; take it in with `qlx save-adapter`"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -9,6 +9,16 @@ from qlx.cli import options
 from qlx.cli.session import Session
 
 
+def _bytes(ctx: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    from qlx.errors import UsageError
+    from qlx.planning import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except UsageError as error:
+        raise click.BadParameter(str(error), ctx, option) from error
+
+
 @options.command(
     "merge",
     examples=(
@@ -53,12 +63,11 @@ from qlx.cli.session import Session
 @click.option(
     "--density", type=float, help="Share of values that ties, dare_… and magnitude_prune keep."
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of dare_linear and dare_ties."
-)
+@click.option("--seed", type=int, help="Seed of dare_linear and dare_ties (default: 0).")
 @click.option(
     "--max-ram",
     metavar="SIZE",
+    callback=_bytes,
     help="Memory the whole process may take, such as 2GB (default: no limit).",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be done and taken; write nothing.")
@@ -74,8 +83,8 @@ def command(
     method: str | None,
     weights: tuple[float, ...],
     density: float | None,
-    seed: int,
-    max_ram: str | None,
+    seed: int | None,
+    max_ram: int | None,
     dry_run: bool,
 ) -> None:
     """Merge an adapter, or several combined, into their base.
@@ -85,15 +94,13 @@ def command(
     """
     from qlx.cli import render
     from qlx.merging import MAX_ERASED, chosen_combination, merge, outline
-    from qlx.planning import parse_bytes
 
-    limit = parse_bytes(max_ram) if max_ram else None
     combination = chosen_combination(method, weights, density, seed)
     if dry_run:
         plan = outline(
-            base, list(adapters), onto=onto, dtype=dtype, combination=combination, max_ram=limit
+            base, list(adapters), onto=onto, dtype=dtype, combination=combination, max_ram=max_ram
         )
-        session.emit(render.outline_data(plan, limit), render.print_outline)
+        session.emit(render.outline_data(plan, max_ram), render.print_outline)
         return
     merged = merge(
         base,
@@ -104,7 +111,7 @@ def command(
         force=force,
         max_erased=MAX_ERASED if allow_erased is None else allow_erased,
         combination=combination,
-        max_ram=limit,
+        max_ram=max_ram,
         report=session.report,
     )
     session.emit(render.merge_data(merged), render.print_merged)

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from qlx.adapters import (
     METHODS,
     PRUNING,
+    RANDOM,
     AdapterWeights,
     LoraDelta,
     Method,
@@ -36,7 +38,7 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import Mismatch, Unsupported, UsageError
+from qlx.errors import CheckFailed, Mismatch, Unsupported, UsageError
 from qlx.merging.companions import copy_companions
 from qlx.verification import probe_of
 from qlx.weights import write_tensors
@@ -64,9 +66,12 @@ class Combination:
         """A weight for each of `count` adapters.
 
         Raises:
-            UsageError: not as many weights as adapters, or a density is missing, out of range or
-                without use.
+            UsageError: not as many weights as adapters, one that is not finite, or a density that
+                is missing, out of range or without use.
         """
+        unfit = [weight for weight in self.weights if not isfinite(weight)]
+        if unfit:
+            raise UsageError(f"--weight {unfit[0]} is not a number to multiply an adapter by")
         if self.weights and len(self.weights) != count:
             raise UsageError(
                 f"{len(self.weights)} --weight for {count} --adapter; give one for each"
@@ -76,26 +81,30 @@ class Combination:
                 f"--combine {self.method} needs --density, the share of values to keep"
             )
         if self.density is not None and self.method not in PRUNING:
-            raise UsageError(f"--density has no meaning for --combine {self.method}")
+            raise UsageError(
+                f"--density has no meaning for --combine {self.method}, only for {', '.join(PRUNING)}"
+            )
         if self.density is not None and not 0 < self.density <= 1:
             raise UsageError(f"--density {self.density:g} is not above 0 and at most 1")
         return self.weights or (1.0,) * count
 
 
 def chosen_combination(
-    method: str | None, weights: Sequence[float], density: float | None, seed: int
+    method: str | None, weights: Sequence[float], density: float | None, seed: int | None
 ) -> Combination | None:
     """The combination that options ask for, None where none of them is given.
 
     Raises:
-        UsageError: a method that does not exist.
+        UsageError: a method that does not exist, or a seed where nothing is chosen at random.
     """
     if method is not None and method not in METHODS:
         raise UsageError(f"--combine {method!r} is not one of {', '.join(METHODS)}")
+    if seed is not None and method not in RANDOM:
+        raise UsageError(f"--seed has no meaning without --combine {' or '.join(RANDOM)}")
     if method is None and not weights and density is None:
         return None
     chosen = next((m for m in METHODS if m == method), Combination.method)
-    return Combination(chosen, tuple(weights), density, seed)
+    return Combination(chosen, tuple(weights), density, seed or Combination.seed)
 
 
 def combine(
@@ -106,6 +115,7 @@ def combine(
     Raises:
         Mismatch: the adapters are of different bases, quantizations or tasks.
         Unsupported: an adapter has a part that cannot be combined, named with the reason.
+        CheckFailed: the updates cancel out, or have no weight.
         UsageError: see `Combination.weights_for`.
     """
     weights = combination.weights_for(len(adapters))
@@ -114,6 +124,7 @@ def combine(
     for adapter, found in zip(adapters, read, strict=True):
         _require_plain(adapter, found)
     deltas = _combined(read, weights, combination)
+    _require_effect(deltas, weights)
     first = adapters[0].manifest
     spec = _spec(adapters, deltas)
     manifest = Manifest(
@@ -126,7 +137,7 @@ def combine(
         lineage=(next_step(
             "combine",
             parents=[adapter.digest for adapter in adapters],
-            seed=combination.seed if combination.method.startswith("dare") else None,
+            seed=combination.seed if combination.method in RANDOM else None,
             options=_options(adapters, weights, combination),
         ),),
         probe=ProbeRecord(reference="the unmerged model with the combined adapter, in fp32"),
@@ -204,6 +215,20 @@ def _combined(
             generator=module_generator(combination.seed, module),
         )
     return deltas
+
+
+def _require_effect(deltas: Mapping[str, LoraDelta], weights: Sequence[float]) -> None:
+    told = " ".join(f"--weight {weight:g}" for weight in weights)
+    for delta in deltas.values():
+        if not all(bool(part.isfinite().all()) for part in (delta.a, delta.b)):
+            raise UsageError(
+                f"{told}: the combined update of {delta.module!r} is too large for float32; choose smaller weights"
+            )
+    if all(delta.empty for delta in deltas.values()):
+        raise CheckFailed(
+            f"{told}: the combined adapter changes no tensor, because the updates cancel out, have no "
+            "weight or are untrained; choose other weights or adapters"
+        )
 
 
 def module_generator(seed: int, module: str) -> torch.Generator:

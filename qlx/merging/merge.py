@@ -20,7 +20,7 @@ from qlx.checkpoint import (
     open_checkpoint,
     require_base,
 )
-from qlx.errors import CheckFailed, InputRefused, Unsupported, UsageError
+from qlx.errors import CheckFailed, InputRefused, QlxError, Unsupported, UsageError
 from qlx.merging.budget import Estimate, estimate, threads_within
 from qlx.merging.coded import open_base
 from qlx.merging.combine import Combination, combine
@@ -75,7 +75,13 @@ def merge(
     """
     check_output(Path(output), (base, *adapter_dirs), force=force)
     tell = report or (lambda line: None)
-    foreign = _other_kind(adapter_dirs)
+    _check_use(adapter_dirs, combination)
+    foreign = _other_kind(adapter_dirs, combination)
+    if foreign is not None and max_ram is not None:
+        raise UsageError(
+            f"--max-ram cannot be kept with a {foreign} adapter, which PEFT merges with the whole "
+            "model in memory; leave it out"
+        )
     if foreign is not None and base is not None:
         from qlx.merging.through_peft import merge_through_peft
 
@@ -115,17 +121,29 @@ def merge(
     return Checkpoint(Path(output), done.manifest, done.digest)
 
 
-def _other_kind(paths: Sequence[Path]) -> str | None:
+def _check_use(paths: Sequence[Path], combination: Combination | None) -> None:
+    """Check what can be known before anything is read."""
+    if not paths:
+        raise UsageError("merge needs an adapter; give --adapter DIR")
+    (combination or Combination()).weights_for(len(paths))
+
+
+def _other_kind(paths: Sequence[Path], combination: Combination | None) -> str | None:
     """What kind of adapter a plain PEFT directory holds, if it is not LoRA.
 
     Raises:
-        Unsupported: it is one of several to combine.
+        Unsupported: it is to be combined with others, or weighted.
     """
-    kinds = [read_peft_type(Path(path)) for path in paths if not is_checkpoint(path)]
-    other = next((kind for kind in kinds if kind != "LORA"), None)
-    if other is not None and len(paths) > 1:
-        raise Unsupported(f"a {other} adapter cannot be combined with others; merge it alone")
-    return other
+    plain = [Path(path) for path in paths if not is_checkpoint(path)]
+    for path, kind in ((path, read_peft_type(path)) for path in plain):
+        if kind != "LORA" and (len(paths) > 1 or combination is not None):
+            raise Unsupported(
+                f"{path}: only LoRA adapters can be combined or weighted, this is a {kind} one; merge "
+                "it alone, without --weight and --combine"
+            )
+        if kind != "LORA":
+            return kind
+    return None
 
 
 @dataclass(frozen=True)
@@ -157,6 +175,12 @@ def outline(
     Raises:
         Mismatch, Unsupported, NoRoom: as `merge`, as far as headers and records tell.
     """
+    _check_use(adapter_dirs, combination)
+    foreign = _other_kind(adapter_dirs, combination)
+    if foreign is not None:
+        raise UsageError(
+            f"--dry-run cannot tell what PEFT will do with a {foreign} adapter; merge it without"
+        )
     with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
         _, plan = _planned(adapter, base, onto, dtype, recorded)
         proof = proofs_within(plan, max_ram)[0]
@@ -175,8 +199,6 @@ def _one_adapter(
     paths: Sequence[Path], base: str | Path | None, combination: Combination | None
 ) -> Iterator[tuple[Checkpoint, bool]]:
     """The adapter to merge: the only one given, or what several are combined to."""
-    if not paths:
-        raise UsageError("merge needs an adapter; give --adapter DIR")
     with ExitStack() as stack:
         opened = [stack.enter_context(adapter_checkpoint(Path(path), base)) for path in paths]
         if len(opened) == 1 and combination is None:
@@ -185,8 +207,9 @@ def _one_adapter(
         adapters = [adapter for adapter, _ in opened]
         source = base_of(adapters[0], base)
         assert source is not None
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="qlx-combine-"))
-        made = combine(adapters, source, combination or Combination(), Path(scratch) / "adapter")
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qlx-combine-")))
+        stack.enter_context(_shown_as(scratch / "adapter", "the combined adapter"))
+        made = combine(adapters, source, combination or Combination(), scratch / "adapter")
         yield made, all(recorded for _, recorded in opened)
 
 
@@ -215,7 +238,19 @@ def adapter_checkpoint(path: Path, base: str | Path | None) -> Iterator[tuple[Ch
     from qlx.training import save_adapter
 
     with tempfile.TemporaryDirectory(prefix="qlx-import-") as scratch:
-        yield save_adapter(path, Path(scratch) / "adapter", base=str(base)), False
+        imported = Path(scratch) / "adapter"
+        with _shown_as(imported, str(path)):
+            yield save_adapter(path, imported, base=str(base)), False
+
+
+@contextmanager
+def _shown_as(temporary: Path, name: str) -> Iterator[None]:
+    """Let errors about a directory that exists for the time being speak of what the user gave."""
+    try:
+        yield
+    except QlxError as error:
+        error.args = (str(error).replace(str(temporary), name),)
+        raise
 
 
 def _records_base_values(manifest: Manifest) -> bool:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qlx.adapters import METHODS, PRUNING, LoraDelta, combined_delta, delta_weight
+from qlx.adapters.formula import delta_energy
 from qlx.errors import Mismatch, UsageError
 
 peft = pytest.importorskip("peft")
@@ -142,3 +143,11 @@ def test_factors_of_different_ranks_are_not_added():
         combined_delta(deltas["linear"], (1.0, 1.0), "linear")
     with pytest.raises(UsageError, match="mean"):
         combined_delta(deltas["linear"], (1.0, 1.0), "mean")
+
+
+def test_the_energy_of_a_delta_is_that_of_its_weight():
+    _, deltas = two_adapters()
+    for found in deltas.values():
+        for delta in found:
+            weight = delta_weight(delta).double()
+            assert delta_energy(delta) == pytest.approx(float(weight.square().sum()), rel=1e-5)

@@ -91,6 +91,24 @@ def test_memory_that_cannot_suffice_is_refused_with_the_number(made, tmp_path, c
     assert merge(made, "strong", tmp_path / "a", "--max-ram", "much", *dry) == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--seed", "3"), "--seed has no meaning"),
+        (("--combine", "cat", "--seed", "3"), "--seed has no meaning"),
+        (("--density", "0.5"), "--density has no meaning"),
+        (("--weight", "1", "--weight", "2"), "2 --weight for 1 --adapter"),
+        (("--weight", "nan"), "--weight nan"),
+        (("--max-ram", "0"), "'--max-ram'"),
+        (("--max-ram", ""), "'--max-ram'"),
+    ],
+)
+def test_options_without_a_meaning_are_refused_by_name(made, tmp_path, capsys, options, says):
+    assert merge(made, "strong", tmp_path / "a", *options) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_proof_is_named(made, tmp_path, capsys):
     assert merge(made, "strong", tmp_path / "a") == 0
     assert "checked by replay" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Several adapters at once: combined as PEFT combines them, merged, proven and recorded."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from qlx.errors import CheckFailed, Mismatch, Unsupported, UsageError
 from qlx.merging import Combination, merge
 from qlx.models import load_base
 from qlx.verification import compare, verify
-from qlx.weights import read_tensors
+from qlx.weights import read_tensors, write_tensors
 from tests.adapter_support import NF4, Case, inputs_for, make_adapter, make_base
 
 peft = pytest.importorskip("peft")
@@ -166,6 +167,8 @@ USAGE = {
     "no meaning": Combination("cat", density=0.5),
     "not above 0": Combination("dare_ties", density=0.0),
     "not one of": Combination("mean"),
+    "--weight nan": Combination(weights=(float("nan"), 1.0)),
+    "too large for float32": Combination(weights=(1e39, 1.0)),
 }
 
 
@@ -180,6 +183,67 @@ def test_a_weight_of_zero_is_an_adapter_without_effect(tmp_path, parts):
     base, first, _ = parts
     with pytest.raises(CheckFailed, match="changes no tensor"):
         merge(base, [first.path], tmp_path / "merged", combination=Combination(weights=(0.0,)))
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "svd", "ties"])
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.3, -0.3), (0.0, 0.0)])
+def test_adapters_that_cancel_out_are_refused_as_one_without_weight(
+    tmp_path, parts, method, weights
+):
+    base, first, _ = parts
+    chosen = Combination(method, weights, 0.5 if method == "ties" else None)
+    with pytest.raises(CheckFailed, match="changes no tensor") as caught:
+        merge(base, [first.path, first.path], tmp_path / "merged", combination=chosen)
+    assert f"--weight {weights[0]:g} --weight {weights[1]:g}" in str(caught.value)
+
+
+def test_a_module_in_which_adapters_cancel_out_is_left_alone(tmp_path, parts):
+    """Only q_proj is in both; the other adapter's part of it is the negative of the first's."""
+    base, first, second = parts
+    a, b = (read_tensors(each.path / "adapter_model.safetensors") for each in (first, second))
+    shared = {key: value for key, value in a.items() if "q_proj" in key}
+    write_tensors(tmp_path / "changed.safetensors", b | shared)
+    opposite = tmp_path / "opposite"
+    shutil.copytree(second.path, opposite)
+    shutil.move(tmp_path / "changed.safetensors", opposite / "adapter_model.safetensors")
+    seal(opposite, second.manifest)
+    merged = merge(
+        base, [first.path, opposite], tmp_path / "m", combination=Combination(weights=(1.0, -1.0))
+    )
+    untouched = merged.manifest.lineage[-1].options["untouched_tensors"]
+    assert len(untouched) == 2
+    assert all("q_proj" in name for name in untouched)
+    stored, result = read_tensors(base), read_tensors(merged.path)
+    assert all(torch.equal(stored[name], result[name]) for name in untouched)
+
+
+def plain(adapter, directory):
+    """The adapter's two files alone, as PEFT writes them."""
+    directory.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter.path / name, directory / name)
+    return directory
+
+
+def test_errors_about_plain_adapters_name_their_directories(tmp_path, parts):
+    base, first, _ = parts
+    dora = make_adapter(base, tmp_path / "q", Case(options={"use_dora": True}))
+    dirs = [plain(first, tmp_path / "plain"), plain(dora, tmp_path / "plain-dora")]
+    with pytest.raises(Unsupported) as caught:
+        merge(base, dirs, tmp_path / "merged")
+    assert str(caught.value).startswith(f"{dirs[1]}: ")
+    assert "qlx-import" not in str(caught.value)
+
+
+def test_the_use_is_checked_before_anything_is_read(tmp_path, parts):
+    _, first, _ = parts
+    with pytest.raises(UsageError, match="2 --weight for 1 --adapter"):
+        merge(
+            tmp_path / "nowhere",
+            [first.path],
+            tmp_path / "merged",
+            combination=Combination(weights=(1.0, 2.0)),
+        )
 
 
 def test_a_spoiled_adapter_is_still_found(tmp_path, parts):

@@ -7,11 +7,21 @@ import pytest
 import torch
 
 from qlx.checkpoint import read_probe
-from qlx.errors import CheckFailed, CorruptCheckpoint, Mismatch, UnsafeInput, Unsupported
-from qlx.merging import merge
+from qlx.errors import (
+    CheckFailed,
+    CorruptCheckpoint,
+    InputRefused,
+    Mismatch,
+    UnsafeInput,
+    Unsupported,
+    UsageError,
+)
+from qlx.exporting import export_onnx
+from qlx.merging import Combination, merge, outline
 from qlx.merging.through_peft import KINDS, NOT_MERGEABLE
 from qlx.models import load_base
-from qlx.verification import compare, verify
+from qlx.training import save_adapter
+from qlx.verification import compare, evaluate, verify
 from qlx.weights import read_tensors, write_tensors
 from tests.adapter_support import make_base
 
@@ -170,10 +180,41 @@ def test_a_tied_embedding_is_refused(tmp_path, bases):
 def test_other_kinds_are_merged_alone_and_onto_the_base_as_it_is(tmp_path, bases):
     base = bases("llama")
     directory = make(base, tmp_path / "adapter", "IA3")
-    with pytest.raises(Unsupported, match="combined"):
+    with pytest.raises(Unsupported, match=r"adapter: only LoRA adapters can be combined.*IA3"):
         merge(base, [directory, directory], tmp_path / "merged")
+    with pytest.raises(Unsupported, match="without --weight"):
+        merge(base, [directory], tmp_path / "merged", combination=Combination(weights=(0.5,)))
+    with pytest.raises(UsageError, match="--max-ram"):
+        merge(base, [directory], tmp_path / "merged", max_ram=10**9)
+    with pytest.raises(UsageError, match="--dry-run"):
+        outline(base, [directory])
     with pytest.raises(Unsupported, match="no record"):
         merge(base, [directory], tmp_path / "merged", onto="as-trained")
+
+
+@pytest.mark.parametrize(
+    "call", [export_onnx, lambda path, out: verify(path), lambda path, out: evaluate(path)]
+)
+def test_other_commands_name_the_kind_and_what_takes_it(tmp_path, bases, call):
+    directory = make(bases("llama"), tmp_path / "adapter", "IA3")
+    with pytest.raises(InputRefused, match=r"of type IA3.*`qlx merge`"):
+        call(directory, tmp_path / "out")
+    with pytest.raises(Unsupported, match=r"of type IA3.*`qlx merge`"):
+        save_adapter(directory, tmp_path / "out", base=str(bases("llama")))
+
+
+def test_a_module_without_an_update_is_named(tmp_path, bases):
+    base = bases("llama")
+    directory = make(base, tmp_path / "adapter", "LOHA")
+    path = directory / "adapter_model.safetensors"
+    still = {k: torch.zeros_like(v) if "0.self_attn.q_proj" in k else v
+             for k, v in read_tensors(path).items()}  # fmt: skip
+    write_tensors(path, still)
+    lines = []
+    merged = merge(base, [directory], tmp_path / "merged", report=lines.append)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert merged.manifest.lineage[-1].options["untouched_tensors"] == [name]
+    assert any("1 tensor is zero" in line and name in line for line in lines)
 
 
 def test_a_wrong_merge_would_be_noticed(tmp_path, bases, monkeypatch):
