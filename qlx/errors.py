@@ -12,7 +12,8 @@
     │   ├── UnsafeInput         3   would run code, leave its directory, or exhaust memory
     │   └── RecipeError         3   a recipe field is wrong; the message names file, line and field
     ├── MissingExtra            4   an optional part of qlx is not installed
-    └── NoRoom                  5   disk or memory is not enough
+    ├── NoRoom                  5   disk or memory is not enough
+    └── Interrupted           130   SIGINT or SIGTERM; the message says what is left
 
 A message is one or two sentences: what is wrong, where (file, field, line, tensor), what to do.
 """
@@ -24,6 +25,7 @@ __all__ = [
     "CheckFailed",
     "CorruptCheckpoint",
     "InputRefused",
+    "Interrupted",
     "Mismatch",
     "MissingExtra",
     "NoRoom",
@@ -90,6 +92,16 @@ class NoRoom(QlxError):
     """The disk is full or memory does not suffice."""
 
     exit_code = 5
+
+
+class Interrupted(QlxError):
+    """The user or the system ended the command."""
+
+    exit_code = 130
+
+    def __init__(self, message: str = "interrupted; no output was left behind") -> None:
+        """Say what is left, and how to go on, where something is."""
+        super().__init__(message)
 
 
 def require(module: str, extra: str) -> ModuleType:

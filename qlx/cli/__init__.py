@@ -6,6 +6,7 @@ imported until a command runs, so `qlx --help` answers at once.
 
 import errno
 import signal
+import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
@@ -13,14 +14,12 @@ from types import FrameType
 import click
 
 from qlx.cli.commands import program
-from qlx.cli.session import Session
-from qlx.errors import QlxError
+from qlx.cli.session import NO_ROOM, Session, open_streams, say
+from qlx.errors import Interrupted, QlxError
 
 __all__ = ["main", "program"]
 
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a defect of qlx itself
-INTERRUPTED = 130
-NO_ROOM = 5
 
 # The extras that bring a module; a command's own extra is named if it is among them.
 EXTRAS_OF_MODULE = {
@@ -52,22 +51,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; never raises, never shows a traceback unasked.
 
     Codes: 0 done, 1 a check failed, 2 usage, 3 input refused, 4 an extra is missing, 5 no room,
-    70 a defect of qlx itself, 130 interrupted (SIGINT or SIGTERM).
+    70 a defect of qlx itself, 130 interrupted (SIGINT or SIGTERM), 141 nobody reads the result.
     """
-    session = Session()
+    session = Session(out=open_streams())
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return session.ended(_run(session, arguments))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(session: Session, arguments: Sequence[str] | None) -> int:
+    streams = sys.stdout, sys.stderr
     try:
         result = program.main(args=arguments, prog_name="qlx", standalone_mode=False, obj=session)
         return result if isinstance(result, int) else 0
-    except (click.Abort, KeyboardInterrupt):
-        return _fail(session, "Interrupted", "interrupted; no output was left behind", INTERRUPTED)
+    except (
+        SystemExit
+    ):  # click's end where something printed finds no reader; it has wrapped the streams
+        if sys.stdout is streams[0]:
+            raise
+        sys.stdout, sys.stderr = streams
+        session.lose(BrokenPipeError(errno.EPIPE, "no reader"))
+        return 0
     except Exception as error:  # noqa: BLE001 - the boundary: every failure gets a line and a code
         if session.debug:
             traceback.print_exc()
         kind, message, code = _explain(error, session.extra)
         return _fail(session, kind, message, code)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -76,7 +87,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _fail(session: Session, kind: str, message: str, code: int) -> int:
     line = " ".join(message.split())
-    click.echo(f"qlx: {line}", err=True)
+    if code == Interrupted.exit_code and sys.stderr.isatty():
+        say("")  # the terminal has put ^C into the line
+    say(f"qlx: {line}")
     session.emit_error(kind, line, code)
     return code
 
@@ -86,6 +99,8 @@ def _explain(error: Exception, extra: str) -> tuple[str, str, int]:
     kind = type(error).__name__
     if isinstance(error, QlxError):
         return kind, str(error), error.exit_code
+    if isinstance(error, click.Abort):
+        return "Interrupted", str(Interrupted()), Interrupted.exit_code
     if isinstance(error, click.UsageError):
         return "UsageError", _usage(error), 2
     if isinstance(error, click.ClickException):
@@ -98,6 +113,9 @@ def _explain(error: Exception, extra: str) -> tuple[str, str, int]:
         return "NoRoom", "not enough memory; `qlx plan` shows what a training needs", NO_ROOM
     if isinstance(error, OSError):
         return _explain_os(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        what = f"{error.object!a}: is not UTF-8, which is needed here; rename the file or directory"
+        return "InputRefused", what, 3
     advice = "this is a defect of qlx: run again with --debug and report what it prints"
     return kind, f"internal error: {kind}: {error}; {advice}", INTERNAL_ERROR
 

@@ -32,9 +32,13 @@ the two. What holds for every command:
 | 2 | the call is wrong: unknown option, missing argument, output exists |
 | 3 | an input was refused: corrupt, mismatched, unsupported, unsafe |
 | 4 | an optional part is not installed; the message names the extra |
-| 5 | no room: disk or memory |
+| 5 | no room: disk or memory, or for the result on standard output |
 | 70 | a defect of qlx itself; please report it with what `--debug` prints |
-| 130 | interrupted (SIGINT or SIGTERM); nothing was left behind |
+| 130 | interrupted (SIGINT or SIGTERM); the message says what was left behind, if anything |
+| 141 | done, but standard output was closed before the result was printed (as after SIGPIPE) |
+
+A result that cannot be printed changes only the code 0: a failed check stays 1. Progress that cannot
+be printed stops nothing.
 """
 
 

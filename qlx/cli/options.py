@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from qlx.cli.session import Session
+from qlx.errors import Interrupted
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -62,7 +63,10 @@ class Command(click.Command):
         session = ctx.find_object(Session) or Session()
         ctx.obj, session.extra = session, self.extra
         with session.streams():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as error:  # click would print an empty line
+                raise Interrupted from error
 
 
 def command(

@@ -1,4 +1,4 @@
-"""`python -m qlx.cli` does what `qlx` does."""
+"""`python -m qlx` does what `qlx` does."""
 
 import sys
 
