@@ -192,9 +192,24 @@ def test_dequantize_to_float32_does_not_pass_through_the_base_dtype():
     assert not torch.equal(exact, dequantize_tensor(packed).float())
 
 
-def test_refusals():
+INFINITY = float("inf")
+
+
+@pytest.mark.parametrize("unfit", [[float("nan")], [INFINITY], [-INFINITY], [INFINITY, -INFINITY]])
+def test_values_that_are_not_finite_are_refused(unfit):
+    weight = torch.ones(4, 64)
+    weight.view(-1)[7 : 7 + len(unfit)] = torch.tensor(unfit)
     with pytest.raises(InputRefused, match="NaN"):
-        quantize_tensor(torch.tensor([[float("nan")] * 64]), spec())
+        quantize_tensor(weight, spec())
+
+
+def test_finite_values_whose_sum_overflows_are_quantized():
+    weight = torch.full((4, 64), 3e38)
+    assert not torch.isfinite(weight.sum())
+    assert torch.equal(dequantize_tensor(quantize_tensor(weight, spec())), weight)
+
+
+def test_refusals():
     with pytest.raises(Unsupported, match="scheme"):
         quantize_tensor(torch.ones(1, 64), QuantSpec())
     with pytest.raises(Unsupported, match="group size 48"):
