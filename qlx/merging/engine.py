@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from qlx.checkpoint import (
     FileEntry,
     Stamp,
@@ -40,7 +38,7 @@ from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
 from qlx.merging.stream import bytes_of, copy_range, write_at
 from qlx.merging.values import Rounding, codes_as_trained
-from qlx.quant import PackedTensor, packed_line
+from qlx.quant import PackedTensor, one_torch_thread, packed_line
 from qlx.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, lay_out, read_into
 
 __all__ = ["CHUNK", "Written", "cores", "target_files", "write_merge"]
@@ -126,7 +124,7 @@ def write_merge(plan: MergePlan, directory: Path, *, workers: int | None = None)
     files = target_files(plan)
     _require_space(directory, sum(file.size for file in files))
     with ExitStack() as stack:
-        stack.enter_context(_one_torch_thread())
+        stack.enter_context(one_torch_thread())
         targets = [stack.enter_context(_Target(directory, file)) for file in files]
         base = {path: _BaseFile(path, h.tensors) for path, h in plan.weights.headers.items()}
         job = _Job(plan, targets, base)
@@ -148,17 +146,6 @@ def _pool(count: int, job: "_Job") -> Iterator[ThreadPoolExecutor]:
             job.stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let torch compute on the thread that asks: the cores are busy with other tensors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _require_space(directory: Path, size: int) -> None:

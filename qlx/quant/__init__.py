@@ -8,8 +8,15 @@ our own. Nothing here imports bitsandbytes until a function needs it.
 from qlx.quant.activations import quantize_activations
 from qlx.quant.bitnet import bitnet_entries, packed_from_bitnet
 from qlx.quant.codec import SCHEMES, PackedTensor, dequantize_tensor, quantize_tensor
-from qlx.quant.codec4bit import FOUR_BIT, NestedScales, Packed4bit, levels, torch_dtype_of
-from qlx.quant.export_linear import PackedLinear, packed_linears
+from qlx.quant.codec4bit import (
+    BLOCK_SIZES,
+    FOUR_BIT,
+    NestedScales,
+    Packed4bit,
+    levels,
+    torch_dtype_of,
+)
+from qlx.quant.export_linear import PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.hf import bnb_config
 from qlx.quant.integer_linear import IntegerLinear
@@ -26,6 +33,7 @@ from qlx.quant.layers import (
     head_modules,
     linear4bit_modules,
     names_part,
+    packed_linears,
     packed_modules,
     packed_of_module,
     quantize_model,
@@ -39,9 +47,11 @@ from qlx.quant.layout import (
 )
 from qlx.quant.pieces import packed_rows, quantize_rows, row_unit, value_unit
 from qlx.quant.stored import STORED_BACKENDS, StoredQuantization, stored_quantization
+from qlx.quant.threads import one_torch_thread
 from qlx.quant.words import packed_from_awq, packed_from_gptq
 
 __all__ = [
+    "BLOCK_SIZES",
     "FOUR_BIT",
     "HEAD_NAMES",
     "SCALE_DTYPE",
@@ -66,6 +76,7 @@ __all__ = [
     "linear4bit_modules",
     "materialize",
     "names_part",
+    "one_torch_thread",
     "packed_entries",
     "packed_fingerprint",
     "packed_from_awq",

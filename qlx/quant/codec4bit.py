@@ -10,8 +10,6 @@ the level nearest to value / absmax. Two indices make one byte, the first in the
 The value of a code is level[code] * absmax, one float32 product.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import isfinite
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from qlx.checkpoint import QuantSpec
 from qlx.errors import InputRefused, Unsupported
+from qlx.quant.threads import one_torch_thread
 
 __all__ = [
     "BLOCK_SIZES",
@@ -301,18 +300,8 @@ def _mean(absmax: Tensor) -> Tensor:
     torch cuts long sums into one piece a thread, so the last bit of bitsandbytes' offset depends
     on the thread count from about a million blocks; one thread is the reference here.
     """
-    with _one_thread():
+    with one_torch_thread():
         return absmax.mean()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def finite_float32(weight: Tensor, scheme: str) -> Tensor:

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlx.errors import Unsupported
 from qlx.quant.codec import dequantize_tensor
 from qlx.quant.codec4bit import Packed4bit
-from qlx.quant.layers import linear4bit_modules
 
-__all__ = ["PackedLinear", "packed_linears"]
+__all__ = ["LARGEST_BLOCK", "PackedLinear"]
 
 _QUANT_TYPE = {"fp4": 0, "nf4": 1}
-_LARGEST_BLOCK = 256
+LARGEST_BLOCK = 256
+"""Values of a block that onnxruntime's kernel takes at most."""
 
 
 class PackedLinear(nn.Module):
@@ -67,26 +66,3 @@ class PackedLinear(nn.Module):
             version=1,
         )
         return y if self.bias is None else y + self.bias
-
-
-def packed_linears(model: nn.Module) -> list[str]:
-    """Replace every bitsandbytes 4-bit layer by a `PackedLinear`, in place; returns their names.
-
-    Raises:
-        Unsupported: a block is larger than the 256 values that onnxruntime's kernel takes.
-    """
-    layers = list(linear4bit_modules(model))
-    if not layers:
-        return []
-    from qlx.quant.guard import packed_of_module
-
-    for name, layer in layers:
-        packed = packed_of_module(layer)
-        if packed.block_size > _LARGEST_BLOCK:
-            raise Unsupported(
-                f"layer {name!r}: onnxruntime's 4-bit product takes blocks up to {_LARGEST_BLOCK} "
-                f"values, not {packed.block_size}"
-            )
-        linear = PackedLinear(packed, layer.bias, layer.compute_dtype or torch.float32)
-        model.set_submodule(name, linear.train(layer.training))
-    return [name for name, _ in layers]

@@ -12,6 +12,7 @@ from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported, require
 from qlx.quant.codec import PackedTensor, quantize_tensor
 from qlx.quant.codec4bit import FOUR_BIT, Packed4bit, torch_dtype_of
+from qlx.quant.export_linear import LARGEST_BLOCK, PackedLinear
 from qlx.quant.integer_linear import IntegerLinear
 from qlx.quant.integers import PackedIntegers
 
@@ -22,6 +23,7 @@ __all__ = [
     "head_modules",
     "linear4bit_modules",
     "names_part",
+    "packed_linears",
     "packed_modules",
     "packed_of_module",
     "quantize_model",
@@ -186,10 +188,30 @@ def packed_of_module(module: nn.Module) -> PackedTensor:
     return of_module(module)
 
 
+def packed_linears(model: nn.Module) -> list[str]:
+    """Replace every bitsandbytes 4-bit layer by a `PackedLinear`, in place; returns their names.
+
+    Raises:
+        Unsupported: a block is larger than the 256 values that onnxruntime's kernel takes.
+    """
+    layers = list(linear4bit_modules(model))
+    if not layers:
+        return []
+    for name, layer in layers:
+        packed = packed_of_module(layer)
+        assert isinstance(packed, Packed4bit)
+        if packed.block_size > LARGEST_BLOCK:
+            raise Unsupported(
+                f"layer {name!r}: onnxruntime's 4-bit product takes blocks up to {LARGEST_BLOCK} "
+                f"values, not {packed.block_size}"
+            )
+        linear = PackedLinear(packed, layer.bias, layer.compute_dtype or torch.float32)
+        model.set_submodule(name, linear.train(layer.training))
+    return [name for name, _ in layers]
+
+
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Let every packed layer multiply in `dtype`; codes, scales and other layers stay as they are."""
-    from qlx.quant.export_linear import PackedLinear
-
     for module in model.modules():
         if isinstance(module, PackedLinear | IntegerLinear):
             module.compute_dtype = dtype
