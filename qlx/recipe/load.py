@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlx.errors import RecipeError
+from qlx.recipe.dialects import translate, translate_path
 from qlx.recipe.schema import Recipe
 from qlx.recipe.source import Located, Location, parse_value, read_yaml
 
@@ -22,7 +23,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the first thing wrong, with file, line, field and what is allowed.
     """
-    located = read_yaml(Path(path))
+    located = translate(read_yaml(Path(path)), str(path))
     for override in overrides:
         located = _override(located, override)
     return validate(located, str(path))
@@ -38,9 +39,10 @@ def validate(located: Located, where: str) -> Recipe:
 
 def _override(located: Located, text: str) -> Located:
     key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    written = key.strip().split(".")
+    if not equals or not all(written):
         raise RecipeError(f"--set {text!r}: write it as section.field=value")
+    parts = translate_path(tuple(written))
     tree = dict(located.value)
     inner = tree
     for part in parts[:-1]:
@@ -50,8 +52,8 @@ def _override(located: Located, text: str) -> Located:
         inner[part] = dict(child or {})
         inner = inner[part]
     inner[parts[-1]] = parse_value(value)
-    lines = {at: line for at, line in located.lines.items() if at[: len(parts)] != tuple(parts)}
-    return Located(tree, {**lines, tuple(parts): 0})
+    lines = {at: line for at, line in located.lines.items() if at[: len(parts)] != parts}
+    return Located(tree, {**lines, parts: 0})
 
 
 def _message(details: Sequence[ErrorDetails], located: Located, where: str) -> str:
