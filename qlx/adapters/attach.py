@@ -5,6 +5,7 @@ nothing, a key that is not loaded, a target that is not there) these functions r
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ __all__ = [
     "save_adapter",
 ]
 
+_MISFIT = re.compile(
+    r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
+)
 _TASKS = {"causal-lm": "CAUSAL_LM", "image-classification": None, None: None}
 
 
@@ -140,12 +144,21 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
             model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
         )
     except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise Mismatch(
-            f"{directory}: the adapter does not fit this base model: {reason}"
+            f"{directory}: the adapter does not fit this base model: {_misfit(error)}"
         ) from error
     _check_loaded(loaded, directory)
     return loaded.train(trainable)
+
+
+def _misfit(error: Exception) -> str:
+    """The tensors that do not fit, with both shapes, from what torch says; else its first line."""
+    found = _MISFIT.findall(str(error))
+    if not found:
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    name, stored, there = found[0]
+    others = f" (and {len(found) - 1} more tensors)" if len(found) > 1 else ""
+    return f"{name!r} is {stored} in the adapter and {there} in the model{others}"
 
 
 def _require_same_shapes(

@@ -33,7 +33,7 @@ from qlx.checkpoint.manifest import (
 )
 from qlx.checkpoint.outputs import check_file, check_output
 from qlx.checkpoint.probe import PROBE_FILE, Probe, read_probe, write_probe
-from qlx.checkpoint.source import Source, require_base, resolve_source
+from qlx.checkpoint.source import Source, hub_name, require_base, resolve_source
 from qlx.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint, read_manifest, seal
 from qlx.checkpoint.strict_json import canonical_json, load_json, load_object, parse_json
 
@@ -65,6 +65,7 @@ __all__ = [
     "fingerprint_line",
     "fingerprint_of_lines",
     "fingerprint_weights",
+    "hub_name",
     "is_checkpoint",
     "known_hashes",
     "load_json",

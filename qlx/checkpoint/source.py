@@ -9,9 +9,10 @@ from qlx.checkpoint.manifest import BaseRef, Manifest
 from qlx.checkpoint.store import is_checkpoint, open_checkpoint
 from qlx.errors import InputRefused, Mismatch, require
 
-__all__ = ["Source", "require_base", "resolve_source"]
+__all__ = ["Source", "hub_name", "require_base", "resolve_source"]
 
 _USABLE_KINDS = ("run", "merged", "packed")
+_RUNS = "runs"  # where `train` writes by default
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,48 @@ def resolve_source(name: str, revision: str | None = None) -> Source:
     """
     path = Path(name)
     if path.is_dir():
-        return _local(path, str(name), revision)
-    repo, _, at = str(name).partition("@")
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        if revision is not None:
+            raise InputRefused(_NO_REVISION.format(path, revision))
+        return _local(path, str(name))
+    repo, found = hub_name(str(name), revision)
+    return Source(_download(repo, found), repo, found)
+
+
+_NO_REVISION = "{0}: a local directory has no revision; leave out {1!r}"
+
+
+def hub_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The repository and revision of a base that is not a local directory.
+
+    What looks like a path is not looked for on the hub: it starts with `.`, `/` or `~`, has not
+    exactly one slash, or lies in a directory that exists or in `runs`. A revision settles it.
+
+    Raises:
+        InputRefused: it is no hub name but a path where no directory is.
+    """
+    repo, _, at = name.partition("@")
+    if at and Path(repo).is_dir():
+        raise InputRefused(_NO_REVISION.format(repo, f"@{at}"))
+    owner = Path(repo).parent
+    local = not at and revision is None and (owner.is_dir() or owner.name == _RUNS)
+    if local or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise InputRefused(
-            f"{name}: no such directory (a hub model is named owner/model, optionally @revision)"
+            f"{name}: no such directory (from the current one); train it first, or give another base "
+            "(a hub model is named owner/model@revision)"
         )
-    return Source(_download(repo, at or revision), repo, at or revision)
+    return repo, at or revision
 
 
-def _local(path: Path, name: str, revision: str | None) -> Source:
+def _local(path: Path, name: str) -> Source:
     if not is_checkpoint(path):
-        return Source(path, name, revision)
+        return Source(path, name)
     manifest = open_checkpoint(path).manifest
     whole = manifest.kind != "run" or (manifest.adapter is None or manifest.adapter.type == "full")
     if manifest.kind not in _USABLE_KINDS or not whole:
         raise InputRefused(
             f"{path}: a checkpoint of kind {manifest.kind!r} without whole weights cannot be a base; merge it first"
         )
-    return Source(path, name, revision, manifest)
+    return Source(path, name, manifest=manifest)
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -74,6 +98,11 @@ def _download(repo: str, revision: str | None) -> Path:
     wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise InputRefused(
+            f"{repo}: neither a local directory nor in the local cache, and the hub cannot be reached; "
+            "download it where there is a network, or give a directory"
+        ) from error
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputRefused(

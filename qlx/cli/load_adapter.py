@@ -18,9 +18,11 @@ from qlx.cli.session import Session
 @options.base(required=True)
 @click.option(
     "--adapter",
+    "adapters",
     type=options.DIRECTORY,
     required=True,
-    help="Adapter directory (qlx or plain PEFT).",
+    multiple=True,
+    help="Adapter directory (qlx or plain PEFT); one.",
 )
 @click.option("--prompt", metavar="TEXT", help="Text for a language model to continue.")
 @click.option("--chat", is_flag=True, help="Send --prompt as a message, by the chat template.")
@@ -31,7 +33,12 @@ from qlx.cli.session import Session
     help="Image file for a classifier.",
 )
 def command(
-    session: Session, base: str, adapter: Path, prompt: str | None, chat: bool, image: Path | None
+    session: Session,
+    base: str,
+    adapters: tuple[Path, ...],
+    prompt: str | None,
+    chat: bool,
+    image: Path | None,
 ) -> int:
     """Try an adapter on its base.
 
@@ -40,6 +47,12 @@ def command(
     """
     from qlx.cli import render, trial
 
-    result = trial.try_adapter(adapter, base, prompt=prompt, chat=chat, image=image)
+    if len(adapters) > 1:
+        raise click.UsageError(
+            "--adapter: one is tried at a time; `qlx merge` combines several, `qlx serve` offers them"
+        )
+    if chat and prompt is None:
+        raise click.UsageError("--chat is about --prompt, and none is given")
+    result = trial.try_adapter(adapters[0], base, prompt=prompt, chat=chat, image=image)
     session.emit(render.trial_data(result), render.print_trial)
     return 0 if result.passed else 1

@@ -1,5 +1,6 @@
 """`qlx train`: a recipe to a run directory."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,17 @@ from qlx.cli.session import Session
 
 if TYPE_CHECKING:
     from qlx.recipe import Recipe
+
+
+def _print_schema(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from qlx.recipe import json_schema
+
+    session = ctx.ensure_object(Session)
+    session.json = True
+    session.emit(json_schema(), lambda console, data: None)
+    ctx.exit()
 
 
 @options.command(
@@ -28,6 +40,14 @@ if TYPE_CHECKING:
     help="Change a field of the recipe, such as training.seed=1.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the last saved state in the output.")
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON schema of recipes, for editors.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, train nothing.")
 @options.output(required=False)
 def command(
@@ -45,6 +65,7 @@ def command(
     name that RECIPE gives.
     """
     from qlx.cli import render
+    from qlx.errors import InputRefused, Interrupted, UsageError
     from qlx.recipe import load_recipe
     from qlx.training import train
 
@@ -52,14 +73,30 @@ def command(
     if dry_run:
         session.emit(_checked(loaded), render.print_dry_run)
         return
-    run = train(
-        loaded,
-        output or Path("runs") / loaded.name,
-        resume=resume,
-        force=force,
-        report=session.report,
-    )
+    target = output or Path("runs") / loaded.name
+    try:
+        run = train(loaded, target, resume=resume, force=force, report=session.report)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; {_way_on(recipe, overrides, target, force)}") from error
+    except (InputRefused, UsageError):
+        raise
+    except Exception:
+        session.report(_way_on(recipe, overrides, target, force))
+        raise
     session.emit(render.checkpoint_data(run), render.print_made)
+
+
+def _way_on(recipe: Path, overrides: tuple[str, ...], output: Path, force: bool) -> str:
+    """What is left of a training that ended early, and the command that goes on with it."""
+    from qlx.training import interrupted_at
+
+    found = interrupted_at(output)
+    if found is None:
+        return "nothing was saved yet (training.save_every), and nothing was left behind"
+    changes = [part for text in overrides for part in ("--set", text)]
+    words = ["qlx", "train", str(recipe), *changes, "-o", str(output), "--resume"]
+    command = shlex.join([*words, "--force"] if force else words)
+    return f"the state at step {found[1]} is kept in {found[0]}; go on with: {command}"
 
 
 def _checked(recipe: "Recipe") -> dict[str, Any]:

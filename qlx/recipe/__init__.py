@@ -10,6 +10,7 @@ from qlx.recipe.schema import (
     QuantizationSection,
     Recipe,
     TrainingSection,
+    json_schema,
 )
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "QuantizationSection",
     "Recipe",
     "TrainingSection",
+    "json_schema",
     "load_recipe",
 ]

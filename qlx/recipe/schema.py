@@ -18,10 +18,12 @@ __all__ = [
     "QuantizationSection",
     "Recipe",
     "TrainingSection",
+    "json_schema",
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 _BLOCKED = ("nf4", "fp4")
 
@@ -91,7 +93,7 @@ class DataSection(_Section):
     eval_limit: Positive | None = None
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_length: Positive = 128
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _path_given(self) -> Self:
@@ -201,7 +203,7 @@ class TrainingSection(_Section):
     completion_only: bool = True
     log_every: Positive = 10
     save_every: Positive = 200
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ProbeSection(_Section):
@@ -248,3 +250,9 @@ class Recipe(_Section):
     def content(self) -> dict[str, Any]:
         """The recipe as plain JSON values, defaults filled in."""
         return self.model_dump(mode="json")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors; what fields mean to each other is checked on reading."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **Recipe.model_json_schema()}

@@ -2,7 +2,7 @@
 
 from qlx.training.adapter import save_adapter
 from qlx.training.checks import DryRun, check
-from qlx.training.run import train
+from qlx.training.run import interrupted_at, train
 from qlx.training.trainable import ParameterRow, ParameterTable, parameter_table
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ParameterRow",
     "ParameterTable",
     "check",
+    "interrupted_at",
     "parameter_table",
     "save_adapter",
     "train",

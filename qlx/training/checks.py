@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlx.checkpoint import Source, resolve_source
-from qlx.errors import InputRefused, Unsupported, require
+from qlx.checkpoint import Source, hub_name, resolve_source
+from qlx.errors import Unsupported, require
 from qlx.inputs import ImagePreprocessor, ImageSplit, TextCodec, TextSplit, load_split
 from qlx.models import (
     Labels,
@@ -30,7 +30,7 @@ class DryRun:
     `base` is the base's name, None when the model is built from nothing. `base_found` says whether
     its files are here; without them the fields about the model are None or empty, and `unchecked`
     says what could not be looked at. `adapted` and `quantized` name modules. Training and held-out
-    examples are counted as images or documents, before token blocks.
+    examples are counted as images or documents, before token blocks, up to the recipe's limits.
     """
 
     recipe: str
@@ -80,8 +80,8 @@ def check(recipe: Recipe) -> DryRun:
         tag=tag_of(recipe, recipe.base.path, spec),
         base=recipe.base.path,
         base_found=found,
-        train_examples=len(train),
-        eval_examples=len(held_out),
+        train_examples=min(len(train), recipe.data.train_limit or len(train)),
+        eval_examples=min(len(held_out), recipe.data.eval_limit or len(held_out)),
         adapted=model.adapted,
         quantized=model.quantized,
         trained_parameters=model.trained,
@@ -97,20 +97,10 @@ def _local_base(recipe: Recipe) -> Source | None:
         return None
     if Path(name).is_dir():
         return resolve_source(name, recipe.base.revision)
-    repo, _, revision = name.partition("@")
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise InputRefused(
-            f"{name}: no such directory (a hub model is named owner/model, optionally @revision)"
-        )
+    repo, revision = hub_name(name, recipe.base.revision)
     hub = require("huggingface_hub", "train")
-    cached = hub.try_to_load_from_cache(
-        repo, "config.json", revision=revision or recipe.base.revision
-    )
-    return (
-        Source(Path(cached).parent, repo, revision or recipe.base.revision)
-        if isinstance(cached, str)
-        else None
-    )
+    cached = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+    return Source(Path(cached).parent, repo, revision) if isinstance(cached, str) else None
 
 
 def _check_model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSplit) -> _Findings:

@@ -28,7 +28,7 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import CheckFailed, QlxError, UsageError, require
+from qlx.errors import CheckFailed, UsageError, require
 from qlx.inputs import Score
 from qlx.models import CONFIG_FILE, forward_logits, load_model, make_probe
 from qlx.recipe import Recipe
@@ -43,13 +43,13 @@ from qlx.training.progress import (
 )
 from qlx.training.report import RunSummary, Sample, write_report
 from qlx.training.samples import image_samples, text_samples
-from qlx.training.state import TRAINER_STATE_FILE, open_state, save_optimizer
+from qlx.training.state import TRAINER_STATE_FILE, open_state, require_recipe, save_optimizer
 from qlx.training.tags import tag_of
 from qlx.training.trainable import parameter_table
 from qlx.training.trainers import ImageDataset, image_trainer, text_trainer
 from qlx.weights import SINGLE_FILE, write_tensors
 
-__all__ = ["RECIPE_FILE", "train"]
+__all__ = ["RECIPE_FILE", "interrupted_at", "train"]
 
 RECIPE_FILE = "recipe.yaml"
 REFERENCE = "the model as trained, unmerged, in fp32"
@@ -96,6 +96,8 @@ def train(
     output = Path(output)
     check_output(output, (recipe.base.path,), force=force)
     with _work(output, resume=resume, force=force) as work:
+        if is_checkpoint(work / _STATE):
+            require_recipe(work / _STATE, recipe.digest)
         job = prepare(recipe, work, report)
         before, trainer = _train(job, work, report)
         with new_checkpoint(output, force=force) as staging:
@@ -106,8 +108,8 @@ def train(
 
 @contextmanager
 def _work(output: Path, *, resume: bool, force: bool) -> Iterator[Path]:
-    """`<output>.partial`: removed on success, and on an error of ours that left no state to go on from."""
-    work = output.with_name(output.name + ".partial")
+    """`<output>.partial`: removed on success, and when what ended the training left no state to go on from."""
+    work = _work_directory(output)
     if resume and not work.is_dir():
         raise UsageError(
             f"{work}: there is no interrupted training to resume; start it without --resume"
@@ -121,20 +123,32 @@ def _work(output: Path, *, resume: bool, force: bool) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     try:
         yield work
-    except QlxError:
+    except BaseException:
         if not is_checkpoint(work / _STATE):
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
 
 
+def _work_directory(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def interrupted_at(output: Path) -> tuple[Path, int] | None:
+    """Where the state of an unfinished training of `output` lies, and its step; None if there is none."""
+    work = _work_directory(Path(output))
+    if not is_checkpoint(work / _STATE):
+        return None
+    return work, int(load_json(work / _STATE / TRAINER_STATE_FILE)["global_step"])
+
+
 def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], Any]:
     """The loop; returns the held-out scores from before it, and the trainer."""
+    state = open_state(work / _STATE, job.belongs_to) if is_checkpoint(work / _STATE) else None
     for line in parameter_table(job.model).lines():
         report(line)
     before = _score(job)
     report(f"held out, before: {_shown(before)}")
-    state = open_state(work / _STATE, job.belongs_to) if is_checkpoint(work / _STATE) else None
     step = None if state is None else int(load_json(state / TRAINER_STATE_FILE)["global_step"])
     trainer = _trainer(job, work)
     trainer.add_callback(metrics_callback(work / METRICS_FILE, resumed_at=step))

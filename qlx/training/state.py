@@ -33,6 +33,7 @@ __all__ = [
     "load_random",
     "load_trained",
     "open_state",
+    "require_recipe",
     "save_optimizer",
     "save_state",
 ]
@@ -40,6 +41,7 @@ __all__ = [
 TRAINER_STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 OPTIMIZER_JSON = "optimizer.json"
+_BELONGS_FILE = "belongs_to.json"
 _TRAINED_FILE = "trained.safetensors"
 _RANDOM_FILE, _RANDOM_JSON = "random.safetensors", "random.json"
 
@@ -65,7 +67,7 @@ def save_state(
         save_optimizer(staging, optimizer, scheduler)
         _save_random(staging)
         trainer_state.save_to_json(str(staging / TRAINER_STATE_FILE))
-        (staging / "belongs_to.json").write_bytes(canonical_json({"belongs_to": belongs_to}))
+        (staging / _BELONGS_FILE).write_bytes(canonical_json({"belongs_to": belongs_to}))
         seal(
             staging,
             Manifest(kind="run", task=task, tag=f"state-at-step-{trainer_state.global_step}"),
@@ -80,11 +82,27 @@ def open_state(directory: Path, belongs_to: str) -> Path:
         Mismatch: it was saved by another recipe or for another base.
     """
     state = open_checkpoint(directory)
-    if load_json(state.path / "belongs_to.json") != {"belongs_to": belongs_to}:
-        raise Mismatch(
-            f"{directory}: saved with another recipe or base; go on with those, or remove it to start anew"
-        )
+    if load_json(state.path / _BELONGS_FILE) != {"belongs_to": belongs_to}:
+        raise Mismatch(_other(directory, "base"))
     return state.path
+
+
+def require_recipe(directory: Path, digest: str) -> None:
+    """Check that a saved state was made by the recipe with `digest`, before anything is loaded.
+
+    Raises:
+        Mismatch: it was made by another one.
+    """
+    saved = load_json(directory / _BELONGS_FILE)
+    if not isinstance(saved, dict) or str(saved.get("belongs_to")).split(" ")[0] != digest:
+        raise Mismatch(_other(directory, "recipe"))
+
+
+def _other(directory: Path, what: str) -> str:
+    return (
+        f"{directory}: saved with another {what}; go on with that one (and the same --set), "
+        "or start anew with --force"
+    )
 
 
 def load_trained(directory: Path, model: nn.Module) -> None:

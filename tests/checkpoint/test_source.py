@@ -59,10 +59,25 @@ def test_an_adapter_cannot_be_a_base(tmp_path: Path) -> None:
         resolve_source(str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere/at", "/nowhere/at"])
-def test_missing_directories_are_said_so(name: str) -> None:
-    with pytest.raises(InputRefused, match="no such directory"):
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./nowhere", "../nowhere", "~/at", "/nowhere/at", "here/at", "runs/at"]
+)
+def test_missing_directories_are_said_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is not taken for a hub model where it can be told apart."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputRefused, match=r"no such directory.*train it first"):
         resolve_source(name)
+
+
+@pytest.mark.parametrize(("name", "revision"), [("{}@main", None), ("{}", "main")])
+def test_a_directory_has_no_revision(name: str, revision: str | None, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputRefused, match=r"a local directory has no revision; leave out '@?main'"
+    ):
+        resolve_source(name.format(plain(tmp_path / "a")), revision)
 
 
 def test_hub_names_without_a_network_are_refused_in_one_line(
@@ -72,6 +87,9 @@ def test_hub_names_without_a_network_are_refused_in_one_line(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputRefused, match="neither a local directory") as error:
-        resolve_source("owner/model@main")
-    assert "\n" not in str(error.value)
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("owner/model@main", "other/model"):
+        with pytest.raises(InputRefused, match="the hub cannot be reached; download") as error:
+            resolve_source(name)
+        assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,10 @@ def test_an_adapter_can_be_tried_by_hand(line, tmp_path):
     tried = result("load-adapter", "--base", line.base, "--adapter", line / "adapter")
     assert (tried["passed"], tried["answer"]) == (True, None)
     asked = ("load-adapter", "--base", line.base, "--adapter", line / "adapter")
+    code, _, err = call(*asked, "--adapter", line / "adapter")
+    assert (code, "one is tried at a time" in err) == (2, True)
+    code, _, err = call(*asked, "--chat")
+    assert (code, "--chat is about --prompt" in err) == (2, True)
     if "digits" in line.run.name:
         from PIL import Image
 
@@ -153,14 +158,17 @@ def test_two_checkpoints_can_be_compared(line):
 def test_the_onnx_is_served_until_a_signal(line):
     program = Path(sys.executable).with_name("qlx")
     with subprocess.Popen(
-        [program, "serve", line / "onnx", "--port", "0"], stderr=subprocess.PIPE, text=True
-    ) as server:
+        [program, "serve", line / "onnx", "--port", "0", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
         address = re.search(r"http://[\d.:]+", server.stderr.readline())[0]
+        told = json.loads("".join(server.stdout.readline() for _ in range(6)))
         with urllib.request.urlopen(f"{address}/v1/models", timeout=30) as reply:
             (model,) = json.load(reply)["data"]
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0
-        assert server.stderr.read() == ""
+        assert (server.stdout.read(), server.stderr.read()) == ("", "")
+    assert told == {"address": address, "models": [model["id"]]}
     assert model["kind"] == "onnx"
     assert model["verified"]["passed"] is True
 
@@ -227,8 +235,9 @@ def test_too_large_a_loss_leaves_nothing(line, tmp_path):
 # --- Training
 
 
-def test_a_recipe_is_trained_resumed_and_checked(tmp_path):
-    recipe = tmp_path / "tiny.yaml"
+def tiny_recipe(directory):
+    """A training of seconds, as a file."""
+    recipe = directory / "tiny.yaml"
     recipe.write_text(
         "name: tiny\ntask: image-classification\n"
         "base: {from_scratch: {model_type: vit, hidden_size: 64, layers: 1, heads: 2,"
@@ -236,6 +245,45 @@ def test_a_recipe_is_trained_resumed_and_checked(tmp_path):
         "data: {source: digits, train_limit: 64, eval_limit: 32}\n"
         "training: {max_steps: 2, batch_size: 16}\nprobe: {count: 4}\n"
     )
+    return recipe
+
+
+def test_an_interrupted_training_says_what_is_there_and_how_to_go_on(tmp_path, monkeypatch):
+    from qlx.training.trainers import StrictTrainer
+
+    recipe, output = tiny_recipe(tmp_path), tmp_path / "third run"
+    step = StrictTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StrictTrainer, "training_step", interrupted)
+    changes = ("--set", "training.max_steps=6", "--set", "training.save_every=4")
+    code, _, err = call("train", recipe, "-o", output, *changes)
+    (command,) = re.findall("go on with: qlx (.*)", err)
+    assert code == 130
+    assert f"the state at step 4 is kept in {output}.partial" in err
+    monkeypatch.undo()
+    assert call(*shlex.split(command))[0] == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_training_interrupted_before_it_saved_leaves_nothing(tmp_path, monkeypatch):
+    from qlx.training.trainers import StrictTrainer
+
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StrictTrainer, "training_step", interrupted)
+    code, _, err = call("train", tiny_recipe(tmp_path), "-o", tmp_path / "run")
+    assert (code, "nothing was saved yet" in err) == (130, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_recipe_is_trained_resumed_and_checked(tmp_path):
+    recipe = tiny_recipe(tmp_path)
     checked = result("train", recipe, "--dry-run")
     assert checked["plan"]["trained_parameters"] > 0
     assert not (tmp_path / "run").exists()

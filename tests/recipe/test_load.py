@@ -97,6 +97,13 @@ def test_overrides_apply_and_are_named_in_errors(tmp_path: Path) -> None:
         ("rank: 8", "rank: .inf", "adapter.rank"),
         ("data: {", "data: {{", "not YAML|plain text"),
         ("learning_rate: 2e-3", "learning_rate: -1", "greater than 0"),
+        ("learning_rate: 2e-3", "seed: -1", "training.seed: should be greater than or equal to 0"),
+        (
+            "learning_rate: 2e-3",
+            "seed: 4294967296",
+            "training.seed: should be less than 4294967296",
+        ),
+        ("variant: shifted", "variant: shifted, seed: -1", "data.seed: should be greater"),
     ],
 )
 def test_errors_name_file_line_and_field(tmp_path: Path, old: str, new: str, says: str) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from qlx.checkpoint import open_checkpoint, read_probe, resolve_source
-from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, UsageError
+from qlx.cli.trial import try_adapter
+from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, UsageError
 from qlx.models import forward_logits, load_model
 from qlx.training import save_adapter
+from qlx.weights import read_tensors, write_tensors
 
 PLAIN_PEFT = """
 import sys
@@ -116,6 +118,35 @@ def test_plain_peft_directory_needs_its_base(peft_directory, python_base, tmp_pa
     with pytest.raises((Mismatch, InputRefused)):
         save_adapter(directory, tmp_path / "out", base=str(python_base))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_size_names_the_tensor_and_both_shapes(
+    peft_directory, digits_base, tmp_path
+):
+    _, directory = peft_directory
+    file = directory / "adapter_model.safetensors"
+    tensors = read_tensors(file)
+    name = next(key for key in tensors if key.endswith("q_proj.lora_A.weight"))
+    tensors[name] = tensors[name][:, :32].contiguous()
+    write_tensors(file, tensors)
+    with pytest.raises(
+        Mismatch, match=r"q_proj\.lora_A\S+ is \[3, 32\] in the adapter and \[3, 64\]"
+    ):
+        save_adapter(directory, tmp_path / "new" / "out", base=str(digits_base))
+
+
+def test_another_type_of_adapter_is_named_with_what_takes_it(digits_base, tmp_path):
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(digits_base)
+    targets = ["q_proj", "v_proj"]
+    config = IA3Config(target_modules=targets, feedforward_modules=[])
+    get_peft_model(model, config).save_pretrained(tmp_path / "peft")
+    with pytest.raises(Unsupported, match=r"type IA3.*`qlx merge`"):
+        save_adapter(tmp_path / "peft", tmp_path / "new" / "out", base=str(digits_base))
+    with pytest.raises(Unsupported, match=r"type IA3.*`qlx merge`"):
+        try_adapter(tmp_path / "peft", str(digits_base))
 
 
 def test_what_is_no_adapter_is_refused(digits_base, digits_run, python_base, tmp_path):

@@ -43,6 +43,18 @@ def test_counts_are_those_of_training(digits_run, digits_base):
     assert found.tag == manifest.tag
 
 
+@pytest.mark.parametrize(("limits", "counts"), [((50, 7), (50, 7)), ((10**6, None), None)])
+def test_limits_count(limits, counts, python_base):
+    data = {**PYTHON_RUN["data"], "train_limit": limits[0], "eval_limit": limits[1]}
+    found = check(recipe_of(PYTHON_RUN, python_base, data=data))
+    if counts is None:
+        whole = {"source": PYTHON_RUN["data"]["source"], "max_length": 64}
+        free = check(recipe_of(PYTHON_RUN, python_base, data=whole))
+        counts = free.train_examples, free.eval_examples
+        assert 50 < counts[0] < 10**6
+    assert (found.train_examples, found.eval_examples) == counts
+
+
 def test_model_built_from_nothing():
     from qlx.models import Labels, build_config, build_model
 

@@ -12,8 +12,9 @@ import torch
 from qlx.checkpoint import bytes_digest, open_checkpoint
 from qlx.errors import CorruptCheckpoint, Mismatch, UsageError
 from qlx.recipe import Recipe
-from qlx.training import train
+from qlx.training import interrupted_at, train
 from qlx.training.progress import read_metrics
+from qlx.training.trainers import StrictTrainer
 from tests.conftest import DIGITS_BASE, DIGITS_RUN, PYTHON_RUN, recipe_of
 
 SHORT = {"batch_size": 16, "learning_rate": 4e-3, "save_every": 4, "log_every": 3, "seed": 3}
@@ -93,8 +94,11 @@ def _check_refusals(recipe, output):
     with pytest.raises(UsageError, match="--resume"):
         train(recipe, output)
     training = recipe.training.model_copy(update={"learning_rate": 1e-3})
+    said: list[str] = []
     with pytest.raises(Mismatch, match="another recipe"):
-        train(recipe.model_copy(update={"training": training}), output, resume=True)
+        other = recipe.model_copy(update={"training": training})
+        train(other, output, resume=True, report=said.append)
+    assert not said  # before anything was loaded
     state = output.with_name("run.partial") / "state"
     assert not [
         name for name in os.listdir(state) if name.endswith((".pt", ".pth", ".bin", ".pkl"))
@@ -174,6 +178,26 @@ def test_kill_from_outside_at_some_instant(digits_recipe, unbroken, tmp_path):
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UsageError, match="no interrupted training"):
         train(recipe_of(DIGITS_BASE), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("step", [0, 5])
+def test_what_a_training_that_ends_early_leaves(error, step, digits_base, tmp_path, monkeypatch):
+    """Nothing before the first saved state; that state afterwards."""
+    inner = StrictTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise error
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(StrictTrainer, "training_step", failing)
+    training = {**SHORT, "max_steps": 8}
+    with pytest.raises(type(error)):
+        train(recipe_of(DIGITS_RUN, digits_base, training=training), tmp_path / "run")
+    work = tmp_path / "run.partial"
+    assert work.exists() == (step == 5)
+    assert interrupted_at(tmp_path / "run") == ((work, 4) if step else None)
 
 
 def test_finished_run_holds_no_pickle(digits_run):
