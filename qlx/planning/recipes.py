@@ -4,7 +4,7 @@ from pathlib import Path
 
 from qlx.checkpoint import load_json
 from qlx.errors import InputRefused, Unsupported
-from qlx.planning.memory import Plan, Setup, plan_shape, weight_format
+from qlx.planning.memory import Plan, Setup, WeightFormat, plan_shape, weight_format
 from qlx.planning.shapes import (
     ATTENTION,
     MLP,
@@ -53,6 +53,22 @@ def base_shape(base: BaseSection) -> Shape:
     return public
 
 
+def _stored_format(base: BaseSection) -> WeightFormat | None:
+    """How a base that comes as codes is stored, from its config.json; None for plain weights."""
+    config = Path(str(base.path)) / "config.json"
+    section = load_json(config).get("quantization_config") if config.is_file() else None
+    if not isinstance(section, dict):
+        return None
+    method, group = section.get("quant_method"), section.get("group_size")
+    if method == "bitsandbytes" and section.get("load_in_4bit"):
+        double = bool(section.get("bnb_4bit_use_double_quant"))
+        return weight_format(section.get("bnb_4bit_quant_type", "fp4"), double_quant=double)
+    if method in ("gptq", "awq"):
+        size = group if isinstance(group, int) and group > 0 else _WHOLE
+        return weight_format(f"int{section.get('bits', 4)}", group_size=size)
+    return weight_format("ternary", group_size=_WHOLE) if method == "bitnet" else None
+
+
 def _scratch_shape(section: ArchitectureSection) -> Shape:
     vision = section.model_type == "vit"
     config: dict[str, object] = {
@@ -85,7 +101,7 @@ def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
             double_quant=quantization.double_quant,
         )
     else:
-        weights = weight_format(recipe.base.dtype)
+        weights = _stored_format(recipe.base) or weight_format(recipe.base.dtype)
     roles: tuple[str, ...] = (*ATTENTION, *MLP)
     if adapter and adapter.target_modules != "auto":
         roles = roles_of(adapter.target_modules)

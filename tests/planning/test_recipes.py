@@ -57,6 +57,33 @@ def test_a_changed_field_changes_its_part(recipe_file, override, part, larger):
     assert after != before
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "bytes_a_weight"),
+    [
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+            },
+            "nf4",
+            0.5 + (1 + 4 / 256) / 64,
+        ),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8", 1 + 3 / 4096),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, "int4", 0.5 + 2.5 / 64),
+        ({"quant_method": "bitnet"}, "ternary", 0.25 + 2 / 4096),
+    ],
+)
+def test_a_base_in_codes_is_planned_as_it_is_stored(recipe_file, section, name, bytes_a_weight):
+    config = recipe_file.with_name("config.json")
+    config.write_text(json.dumps({**CONFIG, "quantization_config": section}))
+    setup = plan_recipe(load_recipe(recipe_file, ["quantization=null"])).setup
+    assert setup.weights.name == name
+    stored = setup.weights.code_bits / 8 + setup.weights.constant_bytes
+    assert stored == pytest.approx(bytes_a_weight)
+
+
 def test_a_public_base_needs_no_files(recipe_file):
     plan = plan_recipe(load_recipe(recipe_file, ["base.path=Qwen/Qwen3-0.6B"]))
     assert plan.shape.name == "Qwen/Qwen3-0.6B"
