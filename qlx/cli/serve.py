@@ -1,5 +1,6 @@
 """`qlx serve`: answer HTTP requests with a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -51,10 +52,16 @@ def command(
 ) -> None:
     """Serve a checkpoint over HTTP.
 
-    The address is printed on standard error once it answers. SIGINT or SIGTERM ends it: running
-    answers are finished, and the exit code is 0.
+    The address is printed on standard error once it answers, and with --json on standard output
+    too, with the models' names. SIGINT or SIGTERM ends it: running answers are finished, and the
+    exit code is 0.
     """
     from qlx.serving import serve
+
+    def listening(address: str, models: Sequence[str]) -> None:
+        session.report(f"serving {', '.join(models)} at {address} (Ctrl-C stops)")
+        if session.json:
+            session.emit_object({"address": address, "models": list(models)})
 
     serve(
         checkpoint,
@@ -64,6 +71,7 @@ def command(
         port=port,
         threads=threads,
         api_key_variable=api_key_env,
+        listening=listening,
     )
 
 

@@ -80,7 +80,7 @@ class Session:
     ) -> None:
         """The command's result: `data` as JSON, or `render` of it for people."""
         if self.json:
-            self._write_object(data)
+            self.emit_object(data)
             return
         from rich.console import Console
 
@@ -103,10 +103,10 @@ class Session:
     def emit_error(self, kind: str, message: str, code: int) -> None:
         """With `--json`, the error as the one object, unless a result was written already."""
         if self.json and not self._emitted:
-            self._write_object({"error": {"kind": kind, "message": message, "exit_code": code}})
+            self.emit_object({"error": {"kind": kind, "message": message, "exit_code": code}})
 
-    def _write_object(self, data: Mapping[str, Any]) -> None:
-        """As UTF-8, in which the escape of a stray byte is JSON's own, or else in ASCII."""
+    def emit_object(self, data: Mapping[str, Any]) -> None:
+        """`data` as JSON: as UTF-8, in which the escape of a stray byte is JSON's own, or else in ASCII."""
         self._emitted = True
         ascii_only = self._encoding.lower().replace("-", "") != "utf8"
         self._write(json.dumps(data, indent=2, ensure_ascii=ascii_only, allow_nan=False) + "\n")

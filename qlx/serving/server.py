@@ -1,11 +1,11 @@
-"""Running the application: the socket, the deadlines below HTTP, the address on standard error."""
+"""Running the application: the socket, the deadlines below HTTP, word of the address once it answers."""
 
 import asyncio
 import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def serve(
     threads: int | None = None,
     api_key_variable: str | None = None,
     limits: ServingLimits | None = None,
+    listening: Callable[[str, Sequence[str]], None] | None = None,
 ) -> None:
     """Serve a checkpoint over HTTP until SIGINT or SIGTERM; running answers are finished first.
 
@@ -40,10 +41,12 @@ def serve(
         base: the base model of a run or adapter.
         adapters: (name, directory) of further checkpoints to serve under those names.
         host: address to listen on; the default is reachable from this machine only.
-        port: 0 takes a free one. The address is printed on standard error once it answers.
+        port: 0 takes a free one.
         threads: threads inside one operator.
         api_key_variable: name of the environment variable that holds the key clients must send.
         limits: what a client may cost.
+        listening: called with the address and the models' names once it answers; by default they are
+            printed on standard error.
 
     Raises:
         UsageError: the address cannot be used, two models have one name, or the key variable is empty.
@@ -61,7 +64,9 @@ def serve(
             f"warning: {host} may be reached from other machines, and no key is asked for\n"
         )
     with listen(host, port) as bound:
-        Server(app, limits, engines).run(sockets=[bound])
+        names = [engine.name for engine in engines]
+        told = listening or _say_address
+        Server(app, limits, lambda address: told(address, names)).run(sockets=[bound])
 
 
 def _api_key(variable: str | None) -> str | None:
@@ -99,11 +104,18 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def _say_address(address: str, names: Sequence[str]) -> None:
+    sys.stderr.write(f"serving {', '.join(names)} at {address} (Ctrl-C stops)\n")
+    sys.stderr.flush()
+
+
 class Server(uvicorn.Server):
     """uvicorn with qlx's limits; says where it listens once it does, and ends quietly on a signal."""
 
-    def __init__(self, app: Any, limits: ServingLimits, engines: Sequence[Engine]) -> None:
-        self._engines = engines
+    def __init__(
+        self, app: Any, limits: ServingLimits, listening: Callable[[str], None] = lambda at: None
+    ) -> None:
+        self._listening = listening
         super().__init__(
             uvicorn.Config(
                 app,
@@ -122,14 +134,12 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then print the address."""
+        """Start, then tell the address."""
         await super().startup(sockets)
         for bound in sockets or ():
             host, port = bound.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            names = ", ".join(engine.name for engine in self._engines)
-            sys.stderr.write(f"serving {names} at http://{shown}:{port} (Ctrl-C stops)\n")
-            sys.stderr.flush()
+            self._listening(f"http://{shown}:{port}")
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

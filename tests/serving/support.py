@@ -21,7 +21,7 @@ def served(engines, *, limits=LIMITS, **options):
     """Yield an httpx client for a running server."""
     app = create_app(engines, limits=limits, **options)
     bound = listen("127.0.0.1", 0)
-    server = Server(app, limits, [])
+    server = Server(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not server.started:
