@@ -42,7 +42,8 @@ MANIFEST_FILE = "qlx.json"
 FORMAT_VERSION = 1
 
 Kind = Literal["run", "adapter", "merged", "packed", "onnx"]
-Task = Literal["image-classification", "causal-lm"]
+Task = Literal["image-classification", "heatmap", "causal-lm"]
+Backend = Literal["bitsandbytes", "qlx", "gptq", "awq", "bitnet", "compressed-tensors", "gguf"]
 Scalar = str | int | float | bool | None
 
 
@@ -89,7 +90,8 @@ class QuantSpec(_Frozen):
     scales themselves. `group_size` counts input values that share a scale (the block size of NF4);
     without it a scale serves a whole row (int8, int4) or tensor (ternary). `activation_bits` is set
     where layers round their inputs as well. `backend` names whose codes and layout these are: `qlx`
-    for codes qlx made, `gptq`, `awq` and `bitnet` for those a base already came with.
+    for codes that training made and did not write, the others for those in the files of a base or a
+    packed checkpoint. The tensors of `gguf` have types of their own, which no `scheme` names.
     """
 
     method: Literal["none", "qlora", "post-training"] = "none"
@@ -103,7 +105,7 @@ class QuantSpec(_Frozen):
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     skip_modules: tuple[str, ...] = ()
     mode: Literal["manual", "hf"] = "manual"
-    backend: Literal["bitsandbytes", "qlx", "gptq", "awq", "bitnet"] | None = None
+    backend: Backend | None = None
     modules: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     fingerprint: Digest | None = None
@@ -204,7 +206,8 @@ class Manifest(_Frozen):
             raise ValueError(f"the probe file {self.probe.file!r} is not among the files")
         if self.kind == "adapter" and (self.adapter is None or self.base is None):
             raise ValueError("an adapter needs the fields adapter and base")
-        if self.kind == "packed" and not self.quantization.quantized:
+        typed = self.quantization.quantized or self.quantization.backend == "gguf"
+        if self.kind == "packed" and not typed:
             raise ValueError("a packed checkpoint needs quantization.scheme")
         return self
 

@@ -1,6 +1,6 @@
 """A base whose files hold codes, seen as the plain weights it stands for.
 
-GPTQ, AWQ, BitNet and bitsandbytes layouts keep a weight in several tensors. Here each is one tensor
+The layouts of `qlx.quant.STORED_BACKENDS` keep a weight in several tensors. Here each is one tensor
 under its plain name, with the dtype of its scales (or, of bitsandbytes', the one it had before), and
 its parts are out of sight; so a merge plans and streams such a base like any other, and writes plain
 weights.

@@ -1,4 +1,4 @@
-"""Bases whose files hold codes instead of weights: GPTQ, AWQ, BitNet and bitsandbytes checkpoints."""
+"""Models whose files hold codes instead of weights, in any of `qlx.quant.STORED_BACKENDS`."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,8 +42,8 @@ def stored_codes(directory: Path) -> StoredQuantization | None:
 def logical_names(files: Iterable[str]) -> list[str]:
     """The tensor names of a checkpoint, and `<module>.weight` for each weight that is kept in words."""
     names = list(files)
-    mark = ".qweight"
-    return [*names, *(f"{n.removesuffix(mark)}.weight" for n in names if n.endswith(mark))]
+    marks = (".qweight", ".weight_packed")
+    return [*names, *(f"{n.removesuffix(m)}.weight" for m in marks for n in names if n.endswith(m))]
 
 
 @contextmanager

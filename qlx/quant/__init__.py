@@ -16,6 +16,7 @@ from qlx.quant.codec4bit import (
     levels,
     torch_dtype_of,
 )
+from qlx.quant.compressed import compressed_entries, compressed_section, packed_from_compressed
 from qlx.quant.export_linear import PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.hf import bnb_config
@@ -66,6 +67,8 @@ __all__ = [
     "StoredQuantization",
     "bitnet_entries",
     "bnb_config",
+    "compressed_entries",
+    "compressed_section",
     "dequantize_tensor",
     "eligible_modules",
     "entry_names",
@@ -82,6 +85,7 @@ __all__ = [
     "packed_from_awq",
     "packed_from_bitnet",
     "packed_from_codes",
+    "packed_from_compressed",
     "packed_from_entries",
     "packed_from_gptq",
     "packed_line",

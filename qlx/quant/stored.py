@@ -1,11 +1,11 @@
 """Bases that come quantized: what `config.json` says of them, and their weights one by one.
 
-GPTQ, AWQ, BitNet and 4-bit bitsandbytes checkpoints keep codes in layouts of their own under names of
-their own. Here a weight goes by the name it would have in a plain checkpoint, `<module>.weight`,
-whatever parts it has.
+GPTQ, AWQ, compressed-tensors, BitNet and 4-bit bitsandbytes checkpoints keep codes in layouts and
+under names of their own. Here a weight goes by the name it would have in a plain checkpoint,
+`<module>.weight`, whatever parts it has.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, Self
@@ -17,6 +17,7 @@ from qlx.errors import CorruptCheckpoint, Unsupported
 from qlx.quant.bitnet import BitnetClass, packed_from_bitnet
 from qlx.quant.codec import PackedTensor
 from qlx.quant.codec4bit import FOUR_BIT, Scheme
+from qlx.quant.compressed import COMPRESSED_PARTS, compressed_scheme, packed_from_compressed
 from qlx.quant.integers import IntegerScheme
 from qlx.quant.layout import entry_names, packed_from_entries, packed_weights, stored_state
 from qlx.quant.words import packed_from_awq, packed_from_gptq, scheme_of_bits
@@ -24,12 +25,26 @@ from qlx.weights import TensorInfo, torch_dtype_name
 
 __all__ = ["STORED_BACKENDS", "StoredQuantization", "stored_quantization"]
 
-Method = Literal["gptq", "awq", "bitnet", "bitsandbytes"]
+Method = Literal["gptq", "awq", "compressed-tensors", "bitnet", "bitsandbytes"]
 
-STORED_BACKENDS: tuple[Method, ...] = ("gptq", "awq", "bitnet", "bitsandbytes")
+STORED_BACKENDS: tuple[Method, ...] = (
+    "gptq",
+    "awq",
+    "compressed-tensors",
+    "bitnet",
+    "bitsandbytes",
+)
 """Layouts of bases that come quantized and can be read."""
 
 _WORD_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_PLAIN_SHAPE = ".weight_shape"
+_MARKS: Mapping[Method, str] = {
+    "gptq": ".qweight",
+    "awq": ".qweight",
+    "compressed-tensors": ".weight_packed",
+    "bitnet": ".weight_scale",
+}
+"""How the name of the tensor ends that each packed weight has one of."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class StoredQuantization:
         """The packed weights, as `<module>.weight`, among the tensor names of a checkpoint, sorted."""
         if self.method == "bitsandbytes":
             return list(packed_weights(names))
-        mark = ".weight_scale" if self.method == "bitnet" else ".qweight"
+        mark = _MARKS[self.method]
         return sorted(f"{n.removesuffix(mark)}.weight" for n in names if n.endswith(mark))
 
     def part_names(self, name: str) -> tuple[str, ...]:
@@ -64,10 +79,13 @@ class StoredQuantization:
         if self.method == "bitnet":
             return (name, f"{name}_scale")
         stem = name.removesuffix(".weight")
-        return tuple(f"{stem}.{part}" for part in _WORD_PARTS)
+        parts = COMPRESSED_PARTS if self.method == "compressed-tensors" else _WORD_PARTS
+        return tuple(f"{stem}.{part}" for part in parts)
 
     def state_names(self, names: Iterable[str]) -> list[str]:
         """The small tensors that say what headers do not, which `plain_info` needs to see."""
+        if self.method == "compressed-tensors":
+            return sorted(name for name in names if name.endswith(_PLAIN_SHAPE))
         return list(packed_weights(names).values()) if self.method == "bitsandbytes" else []
 
     def as_states_say(self, names: Iterable[str], states: Mapping[str, Tensor]) -> Self:
@@ -105,18 +123,24 @@ class StoredQuantization:
             size = prod(state.shape) * state.dtype.itemsize
             return TensorInfo(name, torch_dtype_name(state.dtype), state.shape, 0, size)
         first, *rest = self.part_names(name)
-        scale = rest[0] if self.method == "bitnet" else rest[1]
+        scale = rest[1] if self.method in ("gptq", "awq") else rest[0]
         if first not in infos or scale not in infos:
             raise CorruptCheckpoint(f"tensor {name!r}: its codes or scales are missing")
-        rows, columns = (int(size) for size in infos[first].shape)
-        words = 32 // self.bits
-        shape = {
-            "gptq": (columns, rows * words),
-            "awq": (columns * words, rows),
-            "bitnet": (rows * (4 if infos[first].dtype == "U8" else 1), columns),
-        }[self.method]
+        shape = self._plain_shape(infos[first], states.get(rest[-1]))
         dtype = infos[scale].dtype
         return TensorInfo(name, dtype, shape, 0, shape[0] * shape[1] * (4 if dtype == "F32" else 2))
+
+    def _plain_shape(self, codes: TensorInfo, stored: Tensor | None) -> tuple[int, int]:
+        """[out, in] of a weight from the header of its codes, or as `stored` beside them."""
+        if self.method == "compressed-tensors":
+            if stored is None or stored.numel() != 2:
+                raise CorruptCheckpoint(f"tensor {codes.name!r}: no shape of 2 numbers beside it")
+            return int(stored[0]), int(stored[1])
+        rows, columns = (int(size) for size in codes.shape)
+        words = 32 // self.bits
+        if self.method == "bitnet":
+            return rows * (4 if codes.dtype == "U8" else 1), columns
+        return (columns, rows * words) if self.method == "gptq" else (columns * words, rows)
 
     def read(self, entries: Mapping[str, Tensor], name: str) -> PackedTensor:
         """The packed weight `name` from the tensors it is made of.
@@ -131,6 +155,8 @@ class StoredQuantization:
             return packed_from_bitnet(entries, name, self.linear_class)
         if self.method == "awq":
             return packed_from_awq(entries, name, bits=self.bits)
+        if self.method == "compressed-tensors":
+            return packed_from_compressed(entries, name, bits=self.bits, group_size=self.group_size)
         return packed_from_gptq(
             entries,
             name,
@@ -164,7 +190,13 @@ def stored_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
     section = config.get("quantization_config")
     if section is None:
         return None
-    readers = {"gptq": _gptq, "awq": _awq, "bitnet": _bitnet, "bitsandbytes": _bitsandbytes}
+    readers: Mapping[str, Callable[[Mapping[str, Any]], StoredQuantization]] = {
+        "gptq": _gptq,
+        "awq": _awq,
+        "compressed-tensors": _compressed,
+        "bitnet": _bitnet,
+        "bitsandbytes": _bitsandbytes,
+    }
     method = section.get("quant_method")
     if method not in readers:
         raise Unsupported(
@@ -198,6 +230,34 @@ def _awq(section: Mapping[str, Any]) -> StoredQuantization:
     bits = int(section.get("bits", section.get("w_bit", 4)))
     scheme = scheme_of_bits("awq", bits)
     return StoredQuantization("awq", scheme, bits, _group_size(section), symmetric=False)
+
+
+def _compressed(section: Mapping[str, Any]) -> StoredQuantization:
+    groups = list(dict(section.get("config_groups") or {}).values())
+    if section.get("format") != "pack-quantized" or len(groups) != 1:
+        raise Unsupported(
+            f"compressed-tensors weights in the format {section.get('format')!r} with {len(groups)} "
+            "config_groups; pack-quantized with one can be read"
+        )
+    weights = groups[0].get("weights") or {}
+    unread = {
+        "zero points": weights.get("symmetric", True) is not True,
+        "codes of floats": weights.get("type", "int") != "int",
+        "reordered groups": weights.get("actorder") is not None,
+        "rounded inputs": groups[0].get("input_activations") is not None,
+        "a transform": section.get("transform_config") not in (None, {}),
+    }
+    for what, found in unread.items():
+        if found:
+            raise Unsupported(f"compressed-tensors weights with {what}")
+    bits = int(weights.get("num_bits", 8))
+    return StoredQuantization(
+        method="compressed-tensors",
+        scheme=compressed_scheme(bits),
+        bits=bits,
+        group_size=weights.get("group_size"),
+        symmetric=True,
+    )
 
 
 def _bitnet(section: Mapping[str, Any]) -> StoredQuantization:

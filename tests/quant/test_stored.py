@@ -12,6 +12,16 @@ def of(**section):
     return stored_quantization({"quantization_config": section})
 
 
+def compressed(**changes):
+    """A section of compressed-tensors with fields changed, wherever they belong."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    group = {"weights": weights | {k: v for k, v in changes.items() if k in (*weights, "actorder")}}
+    group |= {k: v for k, v in changes.items() if k == "input_activations"}
+    section = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    section |= {"config_groups": {"group_0": group}}
+    return section | {k: v for k, v in changes.items() if k in section}
+
+
 def test_plain_bases_are_not_stored_codes():
     assert stored_quantization({}) is None
 
@@ -82,6 +92,13 @@ def test_reading_goes_to_the_reader_of_the_layout():
             "stored as bfloat16",
         ),
         ({"quant_method": "gptq", "bits": 3}, "gptq with 3 bits"),
+        (compressed(format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized' with 1"),
+        (compressed(config_groups={}), "with 0 config_groups"),
+        (compressed(num_bits=3), "of 3 bits"),
+        (compressed(symmetric=False), "with zero points"),
+        (compressed(type="float"), "with codes of floats"),
+        (compressed(actorder="group"), "with reordered groups"),
+        (compressed(input_activations={"num_bits": 8}), "with rounded inputs"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "format 'marlin'"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:a": {"bits": 8}}}, "layer to layer"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
