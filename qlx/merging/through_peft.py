@@ -34,7 +34,14 @@ from qlx.merging.plan import FLOATS, MergePlan
 from qlx.merging.record import merge_options, untouched_tensors, untouched_text
 from qlx.merging.stream import load_tensor
 from qlx.merging.tied import HEAD, tied_embedding
-from qlx.models import load_base, make_probe, synthetic_inputs, task_of, tensor_names
+from qlx.models import (
+    load_base,
+    make_probe,
+    stored_codes,
+    synthetic_inputs,
+    task_of,
+    tensor_names,
+)
 from qlx.verification import prove
 from qlx.weights import WeightSet, open_weights, read_tensors
 
@@ -87,6 +94,11 @@ def merge_through_peft(
     _require_mergeable(directory, kind)
     source = resolve_source(str(base))
     task = task_of(source)
+    if stored_codes(source.path) is not None:
+        raise Unsupported(
+            f"{source.name}: its weights are codes, which PEFT cannot fold a {kind} adapter into; give the "
+            "plain model that they were made from"
+        )
     weights = open_weights(source.path)
     model = load_base(source.path, task)
     names = tensor_names(model, source.path)

@@ -89,6 +89,19 @@ def test_a_packed_base_is_bound_by_its_codes(digits_base, tmp_path):
         merge(str(digits_base), [run.path], tmp_path / "merged")
 
 
+def test_another_type_of_adapter_needs_the_plain_base(python_base, tmp_path):
+    from peft import LoHaConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = packed_by_transformers(python_base, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(python_base)
+    loha = get_peft_model(model, LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False))
+    loha.save_pretrained(tmp_path / "loha")
+    with pytest.raises(Unsupported, match="weights are codes, which PEFT cannot fold a LOHA"):
+        merge(str(base), [tmp_path / "loha"], tmp_path / "new" / "merged")
+    assert merge(str(python_base), [tmp_path / "loha"], tmp_path / "new" / "merged").path.exists()
+
+
 def test_a_plain_peft_adapter_records_the_codes_of_its_base(python_base, python_run, tmp_path):
     base = packed_by_transformers(python_base, tmp_path / "base")
     peft = tmp_path / "peft"
