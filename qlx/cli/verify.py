@@ -70,8 +70,8 @@ def command(
     from qlx.verification import check_picture, draw, to_junit, to_markdown, verify
 
     written = [file for file in (junit, markdown, picture) if file is not None]
-    for at, file in enumerate(written):
-        check_file(file, (data, *written[:at]))
+    for at, target in enumerate(written):
+        check_file(target, (data, *written[:at]))
     if picture is not None:
         check_picture(picture)
         layers = True

@@ -15,7 +15,7 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import Unsupported, UsageError
+from qlx.errors import InputRefused, Unsupported, UsageError
 from qlx.exporting.genai import write_generation_config
 from qlx.exporting.graph import build_graph, write_graph
 from qlx.exporting.quiet import quiet
@@ -29,6 +29,13 @@ __all__ = ["PRECISIONS", "export_onnx"]
 PRECISIONS = ("fp32", "fp16", "nf4", "fp4")
 
 COMMAND = "export-onnx"
+
+_ADVICE = {
+    True: "export it in fp32, without --precision fp16",
+    False: "run `qlx verify` on the checkpoint: where that fails too, it is no longer the model it was; "
+    "where it passes, this model's export is at fault, so report it",
+}
+"""What to do where the graph gives other outputs, by whether it was rounded to fp16."""
 
 
 def export_onnx(
@@ -54,6 +61,7 @@ def export_onnx(
         report: called with one line per stage.
 
     Raises:
+        InputRefused: the checkpoint is ONNX already, or its base is not to be had.
         Unsupported: the precision does not fit the checkpoint, or the architecture cannot be traced.
         Mismatch: the base is not the one the adapter was trained on.
         CheckFailed: the exported model's outputs are outside the tolerance; nothing is left behind.
@@ -63,6 +71,7 @@ def export_onnx(
         Path(output), (given, base.path if isinstance(base, Source) else base), force=force
     )
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(given)
+    _require_exportable(source)
     chosen = _precision(source.manifest, precision)
     probe = probe_of(source)
     own_base = base_of(source, base)
@@ -72,8 +81,17 @@ def export_onnx(
         write_probe(staging / PROBE_FILE, probe)
         manifest = seal(staging, _manifest(source, own_base, chosen))
         report("replaying the probe under onnxruntime")
-        prove(staging, manifest, own=None if chosen == "fp16" else probe.own)
+        own = None if chosen == "fp16" else probe.own
+        prove(staging, manifest, own=own, advice=_ADVICE[chosen == "fp16"])
     return open_checkpoint(Path(output))
+
+
+def _require_exportable(source: Checkpoint) -> None:
+    """Check what can be known without loading anything."""
+    if source.manifest.kind == "onnx":
+        raise InputRefused(
+            f"{source.path}: is ONNX already; export the checkpoint that it was made from"
+        )
 
 
 def _precision(manifest: Manifest, wanted: str | None) -> str:

@@ -76,6 +76,8 @@ def merge(
     check_output(Path(output), (base, *adapter_dirs), force=force)
     tell = report or (lambda line: None)
     _check_use(adapter_dirs, combination)
+    if not 0 <= max_erased <= 1:
+        raise UsageError(f"--allow-erased {max_erased:g} is no share between 0 and 1")
     foreign = _other_kind(adapter_dirs, combination)
     if foreign is not None and max_ram is not None:
         raise UsageError(

@@ -22,7 +22,7 @@ from qlx.verification import prove, replay, sealed
 from qlx.verification.metrics import Array
 from qlx.weights import open_weights
 
-__all__ = ["Proof", "proof_bytes", "proofs_within", "prove_merge"]
+__all__ = ["Proof", "advice_for", "proof_bytes", "proofs_within", "prove_merge"]
 
 Proof = Literal["replay", "replay by layers", "sampled rows"]
 
@@ -86,11 +86,20 @@ def prove_merge(
             return sealed(staging, _said(said, checked_rows=rows), known)
         try:
             run = _by_layers if how == "replay by layers" else _loaded
-            return prove(staging, said, own=own, known=known, run=run)
+            return prove(staging, said, own=own, known=known, run=run, advice=advice_for(plan))
         except Unsupported:
             if how == "replay":
                 raise
     raise AssertionError("sampled rows are always possible")
+
+
+def advice_for(plan: MergePlan) -> str:
+    """What to do where a merge gives other outputs than the unmerged model."""
+    check = (
+        "run `qlx verify ADAPTER --base BASE`: where that fails too, adapter and base no longer give "
+        "what training saw; where it passes, the merge is at fault, so report it"
+    )
+    return f"merge with --dtype float32; if that fails too, {check}" if plan.rounds else check
 
 
 def _said(manifest: Manifest, **options: object) -> Manifest:

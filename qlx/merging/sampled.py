@@ -50,7 +50,10 @@ def check_sample(plan: MergePlan, written: WeightSet) -> int:
         rows = _drawn(name, written[name].shape)
         bad = _differing(plan, written, name, change, rows)
         if bad is not None:
-            raise CheckFailed(f"merge: row {bad} of {name!r} is not what the adapter and base give")
+            raise CheckFailed(
+                f"merge: row {bad} of {name!r} is not what the adapter and base give; merge again, and "
+                "where that fails too look at the disk and the memory, or report it"
+            )
         count += len(rows)
     return count
 

@@ -31,6 +31,7 @@ from qlx.merging.change import Change
 from qlx.merging.companions import copy_companions, main_dtype, read_config, write_config
 from qlx.merging.engine import write_merge
 from qlx.merging.plan import FLOATS, MergePlan
+from qlx.merging.proof import advice_for
 from qlx.merging.record import merge_options, untouched_tensors, untouched_text
 from qlx.merging.stream import load_tensor
 from qlx.merging.tied import HEAD, tied_embedding
@@ -120,7 +121,7 @@ def merge_through_peft(
         options |= {"through": "peft", "peft_type": kind}
         manifest = _manifest(directory, source, task, kind, options)
         report("replaying the probe on the merged files")
-        done = prove(staging, manifest)
+        done = prove(staging, manifest, advice=advice_for(plan))
     return Checkpoint(Path(output), done.manifest, done.digest)
 
 

@@ -26,6 +26,7 @@ from qlx.quant import (
     quantize_tensor,
     row_unit,
 )
+from qlx.verification import shown
 from qlx.weights import WeightSet, read_rows
 
 __all__ = [
@@ -151,8 +152,9 @@ def check_effect(roundings: Iterable[Rounding], limit: float, dtype: str) -> flo
     erased = max([erased_share(low_rank), *shares] if low_rank else shares)
     if erased > limit:
         worst = max(items, key=lambda item: item.erased)
+        share, allowed = shown(100 * erased, 100 * limit)
         raise CheckFailed(
-            f"rounding to {dtype} would erase {erased:.0%} of the adapter's change (limit {limit:.0%}, "
+            f"rounding to {dtype} would erase {share}% of the adapter's change (limit {allowed}%, "
             f"worst {worst.name!r} {worst.erased:.0%}); {_ADVICE}"
         )
     return erased

@@ -22,6 +22,7 @@ from qlx.verification.thresholds import (
     lossy_steps,
     own_thresholds,
     reference_thresholds,
+    shown,
     tightened,
 )
 from qlx.verification.verify import verify
@@ -61,6 +62,7 @@ __all__ = [
     "replay",
     "rows",
     "sealed",
+    "shown",
     "tables",
     "tightened",
     "to_json",

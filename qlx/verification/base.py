@@ -27,8 +27,19 @@ def base_of(checkpoint: Checkpoint, base: Source | str | Path | None = None) -> 
         Mismatch: the base holds other weights than those recorded.
     """
     source = find_base(checkpoint, base)
-    if source is not None:
+    if source is None:
+        return None
+    try:
         require_base(checkpoint.manifest, source)
+    except Mismatch as error:
+        if needs_base(checkpoint.manifest):
+            raise
+        recorded = checkpoint.manifest.base
+        made = "records no base" if recorded is None else f"was made from another ({recorded.name})"
+        raise Mismatch(
+            f"{source.name}: not the base of {checkpoint.path}, which {made}; a checkpoint of kind "
+            f"{checkpoint.manifest.kind!r} runs by itself, so --base can be left out"
+        ) from error
     return source
 
 

@@ -12,13 +12,14 @@ from qlx.checkpoint import Checkpoint, Probe, Source
 from qlx.errors import CheckFailed, Mismatch
 from qlx.inputs import Batch, Score
 from qlx.recipe import DataSection
+from qlx.verification.base import base_of
 from qlx.verification.drift import Drift
 from qlx.verification.evaluate import data_of, examples
 from qlx.verification.inside import BaseModel, base_model, look_inside, measured_noise
 from qlx.verification.judge import judge, noise_floor, probe_scores, score_changes
 from qlx.verification.metrics import Array, Comparison, Tally
 from qlx.verification.replay import probe_of
-from qlx.verification.report import Report, decided_note, noise_note
+from qlx.verification.report import Report, decided_note, failure_notes, noise_note
 from qlx.verification.side import Side
 from qlx.verification.thresholds import (
     Check,
@@ -97,13 +98,13 @@ class _Pair:
 
     def compare_on_probe(self, probe: Probe, *, keep: bool) -> None:
         """Without `keep` only one of the two models is in memory at a time."""
+        limits = self.limits(probe.base is not None)
         outputs = []
         for side in (self.reference, self.candidate):
             outputs.append(side.outputs(probe.inputs))
             if not keep:
                 side.release()
         wanted, given = outputs
-        limits = self.limits(probe.base is not None)
         found, checks = judge("against", probe, wanted, given, limits)
         self.comparisons |= found
         self.checks += checks
@@ -171,6 +172,8 @@ class _Pair:
         measured = self.comparisons.get("data") or self.comparisons.get("against")
         notes = [f"limits: {limits.reason}", *decided_note(measured, limits)]
         notes += noise_note(measured, self.noise, "the precision itself")
+        failed = [check for check in self.checks if not check.passed]
+        notes += failure_notes(failed, compared=True)
         manifest = self.candidate.manifest
         return Report(
             subject=self.candidate.name,
@@ -192,6 +195,9 @@ def _sides(
     checkpoint: Checkpoint, other: Checkpoint, base: Source | str | Path | None
 ) -> tuple[Side, Side]:
     candidate, reference = Side(checkpoint, base), Side(other, base)
+    known = [each for each in (checkpoint, other) if each.manifest.base is not None]
+    if base is not None and known and candidate.source is None and reference.source is None:
+        base_of(known[0], base)  # only to measure the adapter's effect by; still the right one
     if candidate.name == reference.name:
         reference.name += " (reference)"
     return candidate, reference

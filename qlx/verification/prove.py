@@ -111,10 +111,10 @@ def sealed(
 def failure_text(manifest: Manifest, failed: list[Check]) -> str:
     """One sentence that names every limit a step did not meet."""
     told = ", ".join(
-        f"{check.name} {check.value:.3g} (limit {check.relation} {check.limit:g})"
-        if check.value is not None and check.limit is not None
-        else f"{check.name}: {check.detail}"
-        for check in failed
+        f"{check.name}: {check.detail}"
+        if texts is None
+        else f"{check.name} {texts[0]} (limit {texts[1]})"
+        for check, texts in ((check, check.texts()) for check in failed)
     )
     return (
         f"{manifest.lineage[-1].command}: the result differs from the model it was made of: {told}"

@@ -19,6 +19,7 @@ __all__ = [
     "decided_note",
     "display_name",
     "drift_notes",
+    "failure_notes",
     "layer_rows",
     "measured_rows",
     "noise_note",
@@ -98,11 +99,31 @@ def noise_note(measured: Comparison | None, floor: float | None, what: str) -> l
     return [f"noise floor: {what} is {floor:.3g} off; this checkpoint is at {ratio:.3g} × that"]
 
 
+def failure_notes(failed: Iterable[Check], *, compared: bool) -> list[str]:
+    """What to do about failed checks, as notes; `compared` says that another checkpoint was run too."""
+    names = [check.name.partition(":")[0] for check in failed]
+    advice = []
+    if "own" in names:
+        advice.append(
+            "these files no longer give the outputs recorded when they were made: where their digests "
+            "match, the libraries or the machine compute something else; compare versions with `qlx inspect`"
+        )
+    if "reference" in names:
+        advice.append(
+            "to see which layer moved, compare with the unmerged model: --against ADAPTER --base BASE; "
+            "if that one passes `qlx verify` itself, make this checkpoint again from it"
+        )
+    if compared and {"against", "data"} & set(names):
+        advice.append(
+            "if one layer moved by itself, its weight is wrong; if all did, suspect another base, "
+            "another scaling, or --onto and --dtype of the merge"
+        )
+    return [f"what to do: {text}" for text in advice]
+
+
 def rows(report: Report) -> list[tuple[str, str, str, str]]:
     """(check, measured, limit, result) of each check, as text for a table."""
-    return [
-        (check.name, _measured(check), _limit(check), _verdict(check)) for check in report.checks
-    ]
+    return [(check.name, *_texts(check), _verdict(check)) for check in report.checks]
 
 
 def measured_rows(report: Report) -> Rows:
@@ -195,12 +216,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _measured(check: Check) -> str:
-    return check.detail if check.value is None else f"{check.value:.4g}"
-
-
-def _limit(check: Check) -> str:
-    return "" if check.limit is None else f"{check.relation} {check.limit:g}"
+def _texts(check: Check) -> tuple[str, str]:
+    """What was measured and the limit; the detail and maybe the limit alone where nothing was."""
+    limit = "" if check.limit is None else f"{check.relation} {check.limit:g}"
+    return check.texts() or (check.detail, limit)
 
 
 def _verdict(check: Check) -> str:
@@ -243,7 +262,7 @@ def to_junit(report: Report) -> str:
             suite, "testcase", classname=f"qlx.{report.kind}", name=check.name
         )
         if not check.passed:
-            message = " ".join(filter(None, (_measured(check), _limit(check))))
+            message = " ".join(filter(None, _texts(check)))
             ElementTree.SubElement(case, "failure", message=message).text = check.detail
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -5,6 +5,7 @@ A limit follows from the kind of step alone. It can be tightened by a caller and
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 from qlx.checkpoint import Manifest, Step
 from qlx.errors import UsageError
@@ -22,6 +23,8 @@ __all__ = [
     "lossy_steps",
     "own_thresholds",
     "reference_thresholds",
+    "require_sensible",
+    "shown",
     "tightened",
 ]
 
@@ -50,6 +53,13 @@ class Check:
     value: float | None = None
     limit: float | None = None
     relation: str = ""
+
+    def texts(self) -> tuple[str, str] | None:
+        """The measured value and the limit with its relation, as text; None where there are none."""
+        if self.value is None or self.limit is None:
+            return None
+        value, limit = shown(self.value, self.limit)
+        return value, f"{self.relation} {limit}"
 
 
 @dataclass(frozen=True)
@@ -91,17 +101,51 @@ _UNKNOWN = {
 }
 
 
+_RANGES: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("relative", "max_abs", "kl_mean", "kl_p99", _LAYER_DRIFT), (0.0, inf)),
+    **dict.fromkeys(_LOWER, (0.0, 1.0)),
+    "score_drop": (-1.0, 1.0),
+    "loss_rise": (-inf, inf),
+}
+"""Between which values each limit has a meaning."""
+
+
+def shown(value: float, limit: float) -> tuple[str, str]:
+    """A value and its limit as text, with as many digits as tell which of the two is larger.
+
+    From 4 digits for the value and 6 for the limit up, so that what fails never reads as if it held.
+    """
+    order = (value > limit) - (value < limit)
+    for digits in range(4, 18):
+        left, right = f"{value:.{digits}g}", f"{limit:.{max(digits, 6)}g}"
+        if (float(left) > float(right)) - (float(left) < float(right)) == order:
+            break
+    return left, right
+
+
+def require_sensible(limits: Mapping[str, float]) -> None:
+    """Check the limits that a caller sets by name.
+
+    Raises:
+        UsageError: a name is unknown, or its value is one that the metric cannot have.
+    """
+    for name, value in limits.items():
+        if name not in _RANGES:
+            raise UsageError(f"there is no limit called {name!r}; choose from {', '.join(_RANGES)}")
+        low, high = _RANGES[name]
+        if not low <= value <= high:
+            allowed = f"at least {low:g}" if high == inf else f"between {low:g} and {high:g}"
+            raise UsageError(f"the limit {name}={value:g} has no meaning: {name} is {allowed}")
+
+
 def tightened(thresholds: Thresholds, tighten: Mapping[str, float] | None) -> Thresholds:
     """The same limits, made stricter by name.
 
     Raises:
-        UsageError: a name is unknown, or a value would loosen the limit.
+        UsageError: see `require_sensible`, or a value would loosen the limit.
     """
+    require_sensible(tighten or {})
     for name, value in (tighten or {}).items():
-        if name not in (*_UPPER, *_LOWER):
-            raise UsageError(
-                f"there is no limit called {name!r}; choose from {', '.join((*_UPPER, *_LOWER))}"
-            )
         current: float | None = getattr(thresholds, name)
         looser = current is not None and (value > current if name in _UPPER else value < current)
         if looser:

@@ -7,7 +7,7 @@ merely different comes back as a report that did not pass.
 from collections.abc import Mapping
 from pathlib import Path
 
-from qlx.checkpoint import Checkpoint, Manifest, Probe, Source, open_checkpoint
+from qlx.checkpoint import Checkpoint, Probe, Source, open_checkpoint
 from qlx.errors import UsageError
 from qlx.recipe import DataSection
 from qlx.verification.identity import identity_checks, quantization_checks
@@ -15,8 +15,19 @@ from qlx.verification.judge import noise_floor, probe_scores, verify_outputs
 from qlx.verification.metrics import Array, Comparison
 from qlx.verification.pair import verify_pair
 from qlx.verification.replay import probe_of, replay
-from qlx.verification.report import Report, decided_note, display_name, noise_note
-from qlx.verification.thresholds import Thresholds, reference_thresholds, tightened
+from qlx.verification.report import (
+    Report,
+    decided_note,
+    display_name,
+    failure_notes,
+    noise_note,
+)
+from qlx.verification.thresholds import (
+    Thresholds,
+    reference_thresholds,
+    require_sensible,
+    tightened,
+)
 
 __all__ = ["verify"]
 
@@ -46,6 +57,7 @@ def verify(
         UsageError: a limit in `tighten` is unknown or looser than the step's own, or `data` or
             `layers` without `against`.
     """
+    require_sensible(tighten or {})
     checkpoint = open_checkpoint(Path(path))
     if against is not None:
         other = open_checkpoint(Path(against))
@@ -64,10 +76,12 @@ def _verify_alone(
     manifest = checkpoint.manifest
     checks, source = identity_checks(checkpoint, base)
     probe = probe_of(checkpoint)
+    limits = reference_thresholds(manifest, noise_floor(probe), probe.base is not None)
+    limits = tightened(limits, tighten)  # refuses before the model is loaded
     outputs = replay(checkpoint, source, probe)
     checks += quantization_checks(manifest)
     comparisons, judged = verify_outputs(manifest, probe, outputs, tighten)
-    limits = reference_thresholds(manifest, noise_floor(probe), probe.base is not None)
+    failed = [check for check in judged if not check.passed]
     return Report(
         subject=display_name(checkpoint),
         kind=manifest.kind,
@@ -79,7 +93,7 @@ def _verify_alone(
         comparisons=comparisons,
         scores=_scores(probe, outputs) if comparisons else {},
         noise_floor=noise_floor(probe),
-        notes=_notes(manifest, probe, comparisons, tightened(limits, tighten)),
+        notes=(*_notes(probe, comparisons, limits), *failure_notes(failed, compared=False)),
     )
 
 
@@ -92,10 +106,7 @@ def _scores(probe: Probe, outputs: Array) -> dict[str, dict[str, float]]:
 
 
 def _notes(
-    manifest: Manifest,
-    probe: Probe,
-    comparisons: Mapping[str, Comparison],
-    limits: Thresholds,
+    probe: Probe, comparisons: Mapping[str, Comparison], limits: Thresholds
 ) -> tuple[str, ...]:
     measured = comparisons.get("reference")
     notes = [f"limits: {limits.reason}"]

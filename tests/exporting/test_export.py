@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlx.checkpoint import QuantSpec, open_checkpoint, read_probe, resolve_source, seal, write_probe
-from qlx.errors import CheckFailed, Mismatch, Unsupported, UsageError
+from qlx.errors import CheckFailed, InputRefused, Mismatch, Unsupported, UsageError
 from qlx.exporting import export_onnx
 from qlx.merging import merge
 from qlx.models import forward_logits, load_model
@@ -152,7 +152,7 @@ def test_a_packed_export_is_compared_with_what_the_packed_model_gave(room, merge
     probe = read_probe(packed.path)
     write_probe(packed.path / "probe.safetensors", replace(probe, own=probe.own * 1.001))
     seal(packed.path, packed.manifest)
-    with pytest.raises(CheckFailed, match="own: relative"):
+    with pytest.raises(CheckFailed, match=r"own: relative.*run `qlx verify` on the checkpoint"):
         export_onnx(packed.path, tmp_path / "out")
 
 
@@ -181,6 +181,14 @@ def test_a_wrong_export_leaves_no_directory(room, merged, damage, tmp_path):
 def test_the_wrong_base_is_refused(adapters, bases, tmp_path):
     with pytest.raises(Mismatch, match="fingerprint"):
         export_onnx(adapters["vit", "nf4"], tmp_path / "out", base=str(bases["llama"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_onnx_checkpoint_is_refused_before_any_work(exported, tmp_path):
+    lines = []
+    with pytest.raises(InputRefused, match="is ONNX already"):
+        export_onnx(exported["causal-lm"], tmp_path / "out", report=lines.append)
+    assert lines == []
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ from qlx.verification import (
     compare,
     lossy_steps,
     reference_thresholds,
+    shown,
     tightened,
 )
 
@@ -91,6 +92,44 @@ def test_limits_only_tighten():
         tightened(limits, {"top1": 0.5})
     with pytest.raises(UsageError, match="no limit called 'speed'"):
         tightened(limits, {"speed": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("top1", 2, "between 0 and 1"),
+        ("top1_decided", -0.1, "between 0 and 1"),
+        ("retention", 1.5, "between 0 and 1"),
+        ("kl_mean", -1, "at least 0"),
+        ("relative", -1e-9, "at least 0"),
+        ("layer_drift", -1, "at least 0"),
+        ("score_drop", 1.5, "between -1 and 1"),
+    ],
+)
+def test_a_limit_that_no_value_can_meet_has_no_meaning(name, value, says):
+    with pytest.raises(UsageError, match=f"{name}={value:g} has no meaning: {name} is {says}"):
+        tightened(Thresholds("x"), {name: value})
+
+
+def test_the_ends_of_the_ranges_are_limits():
+    ends = {"top1": 1.0, "retention": 0.0, "max_abs": 0.0, "score_drop": -1.0, "loss_rise": -3.0}
+    assert tightened(Thresholds("x"), ends).limits() == ends
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "texts"),
+    [
+        (0.99997, 1.0, ("0.99997", "1")),
+        (0.9395, 1.0, ("0.9395", "1")),
+        (1.0, 1.0, ("1", "1")),
+        (1.00001e-5, 1e-5, ("1.00001e-05", "1e-05")),
+        (0.89999999, 0.9, ("0.89999999", "0.9")),
+        (0.5, 0.50000004, ("0.5", "0.50000004")),
+        (2.5e-6, 1e-5, ("2.5e-06", "1e-05")),
+    ],
+)
+def test_a_value_never_reads_as_if_it_kept_a_limit_that_it_does_not(value, limit, texts):
+    assert shown(value, limit) == texts
 
 
 def test_every_limit_can_fail_and_says_so():

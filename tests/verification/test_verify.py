@@ -1,6 +1,7 @@
 """`verify`: what passes, what is corrupt, what does not belong together, what is merely different."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ from qlx.checkpoint import (
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, UsageError
 from qlx.testing import assert_equivalent, assert_verified
 from qlx.verification import to_json, verify
+from qlx.verification.side import Side
+from tests.adapter_support import make_base
 from tests.defects import MERGED, family_of, spoil
+
+judging = sys.modules["qlx.verification.verify"]  # the package has a function of that name
 
 FAMILIES = ("vit", "llama-fp4")  # drawn with a saved head, and really trained
 
@@ -148,6 +153,40 @@ def test_probes_of_different_inputs_are_not_compared(family, tmp_path):
     seal(path, read_manifest(path)[0])
     with pytest.raises(Mismatch, match="different inputs"):
         verify(family.merged.path, against=path)
+
+
+def test_a_failure_says_what_to_do(family, tmp_path):
+    path = spoiled(family, tmp_path, "sign")
+    alone = verify(path)
+    assert any("what to do" in note and "--against ADAPTER" in note for note in alone.notes)
+    pair = verify(path, against=family.merged.path)
+    assert any("what to do" in note and "another base" in note for note in pair.notes)
+    fine = (verify(family.merged.path), verify(family.merged.path, against=family.root / "packed"))
+    assert not any("what to do" in note for report in fine for note in report.notes)
+
+
+@pytest.mark.parametrize("kind", ["merged", "packed"])
+def test_a_wrong_base_that_is_not_needed_is_said_to_be_both(family, tmp_path, kind):
+    other = make_base(tmp_path / "other", "llama", seed=9)
+    with pytest.raises(Mismatch, match=f"not the base of .*{kind}.*--base can be left out"):
+        verify(family.root / kind, base=other)
+    with pytest.raises(Mismatch, match="--base can be left out"):
+        verify(family.root / kind, against=family.merged.path, base=other)
+    with pytest.raises(Mismatch, match="pass the right --base"):
+        verify(family.root / "adapter", base=other)
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_limits_are_refused_before_a_model_is_run(family, against, monkeypatch):
+    def never(*args):
+        raise AssertionError("was run")
+
+    monkeypatch.setattr(judging, "replay", never)
+    monkeypatch.setattr(Side, "outputs", never)
+    other = family.root / "merged" if against else None
+    for limits in ({"top1": 2}, {"relative": 1.0}):
+        with pytest.raises(UsageError):
+            verify(family.merged.path, against=other, tighten=limits)
 
 
 def test_assertions_for_other_peoples_suites(family, tmp_path):
