@@ -25,7 +25,7 @@ PACKAGE = ROOT / "qlx"
 ORDER = (
     "errors", "weights", "checkpoint", "recipe", "inputs", "runtime", "quant", "adapters", "models",
     "training", "verification", "merging", "packing", "exporting", "serving", "planning", "testing",
-    "pytest_plugin", "cli",
+    "pytest_plugin", "cli", "__main__",
 )  # fmt: skip
 TORCH_AT_IMPORT = {
     "quant", "adapters", "models", "training", "merging", "packing", "exporting", "testing",
