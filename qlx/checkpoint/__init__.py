@@ -31,6 +31,7 @@ from qlx.checkpoint.manifest import (
     Step,
     Task,
 )
+from qlx.checkpoint.model_config import CONFIG_FILE, KNOWN, read_config
 from qlx.checkpoint.outputs import check_file, check_output
 from qlx.checkpoint.probe import PROBE_FILE, Probe, read_probe, write_probe
 from qlx.checkpoint.source import Source, hub_name, require_base, resolve_source
@@ -38,7 +39,9 @@ from qlx.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint, rea
 from qlx.checkpoint.strict_json import canonical_json, load_json, load_object, parse_json
 
 __all__ = [
+    "CONFIG_FILE",
     "FORMAT_VERSION",
+    "KNOWN",
     "MANIFEST_FILE",
     "PROBE_FILE",
     "AdapterSpec",
@@ -75,6 +78,7 @@ __all__ = [
     "next_step",
     "open_checkpoint",
     "parse_json",
+    "read_config",
     "read_manifest",
     "read_probe",
     "remember_hashes",

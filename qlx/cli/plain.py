@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlx.checkpoint import load_json
+from qlx.checkpoint import load_object, read_config
 from qlx.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -35,15 +35,8 @@ def describe(directory: Path) -> dict[str, Any]:
     )
 
 
-def _object(file: Path) -> Mapping[str, Any]:
-    value = load_json(file)
-    if not isinstance(value, Mapping):
-        raise InputRefused(f"{file}: holds a {type(value).__name__} where an object is expected")
-    return value
-
-
 def _peft(directory: Path) -> dict[str, Any]:
-    config = _object(directory / "adapter_config.json")
+    config = load_object(directory / "adapter_config.json")
     base = config.get("base_model_name_or_path") or "BASE"
     advice = f"take it in with `qlx save-adapter {directory} -o DIR --base {base}`"
     details = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
@@ -61,22 +54,28 @@ def _transformers(directory: Path) -> dict[str, Any]:
     from qlx.planning import format_count, shape_from_config
     from qlx.weights import open_weights
 
-    config = _object(directory / "config.json")
+    config = load_object(file := directory / "config.json")
     weights = open_weights(directory)
     count = sum(math.prod(info.shape) for info in weights.values())
-    architectures = ", ".join(config.get("architectures") or [str(config.get("model_type"))])
-    shape = shape_from_config(config)
+    named = config.get("architectures") or config.get("model_type")
+    architectures = ", ".join(map(str, named if isinstance(named, list) else [named]))
+    advice, sizes = "use it as it is: name it as --base, or as base.path in a recipe", {}
+    try:
+        read_config(directory)
+        shape = shape_from_config(config, str(file))
+        sizes = {"layers": shape.layers, "hidden_size": shape.hidden}
+    except InputRefused as error:
+        advice = f"it cannot be used as a base: {error}"
     return {
         "path": str(directory),
         "kind": "plain-transformers",
         "what": f"a plain transformers model ({architectures}, {format_count(count)} parameters)",
-        "advice": "use it as it is: name it as --base, or as base.path in a recipe",
+        "advice": advice,
         "architectures": architectures,
         "parameters": count,
         "tensors": len(weights),
         "dtypes": sorted({info.dtype for info in weights.values()}),
-        "layers": shape.layers,
-        "hidden_size": shape.hidden,
+        **sizes,
     }
 
 

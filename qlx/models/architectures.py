@@ -1,16 +1,14 @@
-"""The architectures qlx knows: which are loaded at all, what their heads are called, and how small ones are built.
+"""The architectures qlx knows: what their heads are called, and how small ones are built.
 
-A directory's `config.json` is data. It may choose among the classes of transformers listed here; it
-may not name code, attention kernels or remote files.
+Which are loaded at all says `qlx.checkpoint.model_config`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlx.checkpoint import Source, Task, load_json
-from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported, require
+from qlx.checkpoint import CONFIG_FILE, KNOWN, Source, Task, read_config
+from qlx.errors import Unsupported, require
 from qlx.recipe import ArchitectureSection
 
 if TYPE_CHECKING:
@@ -28,39 +26,7 @@ __all__ = [
     "task_of",
 ]
 
-CONFIG_FILE = "config.json"
-
-KNOWN: Mapping[Task, tuple[str, ...]] = {
-    "image-classification": ("vit", "deit", "dinov2"),
-    "causal-lm": (
-        "llama",
-        "qwen2",
-        "qwen3",
-        "mistral",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "mixtral",
-        "qwen3_moe",
-        "bitnet",
-    ),
-}
-"""Model types that are loaded, by task."""
-
 _TRANSPOSED: Mapping[str, tuple[str, ...]] = {"gpt2": ("c_attn", "q_attn", "c_proj", "c_fc")}
-_HARMLESS = frozenset(
-    (
-        "_name_or_path",
-        "_commit_hash",
-        "_attn_implementation_autoset",
-        "_load_in_4bit",  # bitsandbytes' own, beside the public fields of the same names
-        "_load_in_8bit",
-    )
-)
-_NAMES_CODE = frozenset(
-    ("auto_map", "attn_implementation", "trust_remote_code", "custom_pipelines", "custom_generate")
-)
 
 
 @dataclass(frozen=True)
@@ -75,48 +41,6 @@ class Labels:
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: at for at, name in enumerate(self.names)},
         }
-
-
-def read_config(directory: Path, task: Task | None = None) -> dict[str, Any]:
-    """`config.json` of a model directory, checked before any library interprets it.
-
-    Raises:
-        InputRefused: there is none.
-        CorruptCheckpoint: not a configuration.
-        UnsafeInput: it names code (`auto_map`, an attention kernel, unknown private fields).
-        Unsupported: an architecture that is not known, or not for `task`.
-    """
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise InputRefused(
-            f"{path}: missing; a model directory holds config.json and safetensors weights"
-        )
-    config = load_json(path)
-    if not isinstance(config, dict):
-        raise CorruptCheckpoint(f"{path}: not a model configuration")
-    _refuse_code(config, path)
-    model_type = config.get("model_type")
-    wanted = KNOWN[task] if task else [name for names in KNOWN.values() for name in names]
-    if model_type not in wanted:
-        what = f"for task {task}" if task else "at all"
-        raise Unsupported(
-            f"{path}: model_type {model_type!r} is not supported {what}; known: {', '.join(wanted)}"
-        )
-    return config
-
-
-def _refuse_code(value: Any, path: Path) -> None:
-    if isinstance(value, list):
-        for item in value:
-            _refuse_code(item, path)
-    if not isinstance(value, dict):
-        return
-    for key, inner in value.items():
-        if key in _NAMES_CODE or (key.startswith("_") and key not in _HARMLESS):
-            raise UnsafeInput(
-                f"{path}: field {key!r} can name code to run; qlx loads known architectures only, remove it"
-            )
-        _refuse_code(inner, path)
 
 
 def task_of(source: Source) -> Task:

@@ -18,7 +18,7 @@ from qlx.checkpoint import (
     resolve_source,
 )
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, require
-from qlx.models.architectures import Labels, auto_class, read_config
+from qlx.models.architectures import CONFIG_FILE, Labels, auto_class, read_config
 from qlx.models.coded import load_codes, stored_codes, without_report
 from qlx.models.names import tensor_names
 from qlx.quant import (
@@ -85,7 +85,8 @@ def load_base(
         UnsafeInput, Unsupported: see `read_config`.
     """
     source_path = Path(source_path)
-    config = _config(Path(config_from or source_path), task, new_head)
+    described = Path(config_from or source_path)
+    config = _config(described, task, new_head)
     stored = _codes_to_load(source_path, quant)
     theirs = stored is not None and stored.method == "bitsandbytes"
     if theirs:
@@ -95,7 +96,12 @@ def load_base(
     on_load = stored is None and quant is not None and quant.quantized and quant.mode == "hf"
     options = {"quantization_config": bnb_config(quant)} if on_load and quant else {}
     with without_report(ours is not None):
-        model, info = _from_pretrained(source_path, task, config, dtype, options)
+        try:
+            with _described_by(described):
+                model, info = _from_pretrained(source_path, task, config, dtype, options)
+        except RuntimeError:
+            empty_model(described, task)  # refuses it, if its sizes are what went wrong
+            raise
     names = tensor_names(model, source_path) if ours is not None else {}
     coded = load_codes(model, source_path, names, ours, quant) if ours is not None else []
     _check_loaded(
@@ -113,7 +119,7 @@ def empty_model(directory: Path, task: Task) -> nn.Module:
     config = model_config(directory, task)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with torch.device("meta"), _described_by(Path(directory), RuntimeError):
         model: nn.Module = auto_class(task).from_config(config)
     return model.eval()
 
@@ -131,12 +137,8 @@ def _config(directory: Path, task: Task, new_head: Labels | None) -> Any:
     raw = read_config(directory, task)
     raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     transformers = require("transformers", "train")
-    try:
+    with _described_by(directory):
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CorruptCheckpoint(
-            f"{directory}/config.json: transformers cannot use it ({error})"
-        ) from error
     if new_head is not None:
         for name, value in new_head.as_config().items():
             setattr(config, name, value)
@@ -184,6 +186,33 @@ def _from_pretrained(
             **options,
         )
     return model, info
+
+
+@contextmanager
+def _described_by(directory: Path, *more: type[Exception]) -> Iterator[None]:
+    """Take errors of transformers, and `more`, as the fault of a directory's configuration; name both.
+
+    Raises:
+        CorruptCheckpoint: in place of what transformers raised.
+    """
+    strict = require("huggingface_hub.errors", "train").StrictDataclassError
+    try:
+        yield
+    except UnicodeError:  # a path, not the configuration
+        raise
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        strict,
+        *more,
+    ) as error:
+        what = " ".join(str(error).split())
+        raise CorruptCheckpoint(
+            f"{directory / CONFIG_FILE}: transformers cannot use it ({what}); correct the field"
+        ) from error
 
 
 @contextmanager

@@ -245,19 +245,26 @@ def _between(below: Shape, above: Shape, count: int) -> Shape:
 def _field(config: Mapping[str, object], *names: str) -> int:
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], int):
-            return value[0]
-    raise Unsupported(f"config.json has no integer {' or '.join(names)}; this model is not known")
+    raise Unsupported(f"there is no positive integer {' or '.join(names)}; this model is not known")
 
 
 def shape_from_config(config: Mapping[str, object], name: str = "config.json") -> Shape:
     """The shape that a transformers config.json describes.
 
     Raises:
-        Unsupported: a field that every known architecture has is missing.
+        Unsupported: a field that every known architecture has is missing; the message begins with `name`.
     """
+    try:
+        return _described_shape(config, name)
+    except Unsupported as error:
+        raise Unsupported(f"{name}: {error}") from error
+
+
+def _described_shape(config: Mapping[str, object], name: str) -> Shape:
     hidden = _field(config, "hidden_size", "n_embd")
     heads = _field(config, "num_attention_heads", "n_head")
     vision = "image_size" in config

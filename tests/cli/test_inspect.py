@@ -84,3 +84,25 @@ def test_migrate_refuses_a_newer_version(adapter, capsys):
 def test_migrate_says_which_command_imports_a_plain_directory(fixture, advice, request, capsys):
     assert main(["migrate", str(request.getfixturevalue(fixture))]) == 3
     assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "mamba"}, "config.json: model_type 'mamba' is not supported"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "config.json: field 'auto_map' can name code"),
+        ({"hidden_size": "64"}, "config.json: there is no positive integer hidden_size"),
+        ({"num_attention_heads": 0}, "config.json: there is no positive integer num_attention_heads"),
+        ({"architectures": 5, "model_type": []}, "config.json: model_type [] is not supported"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_a_base_is_not_recommended_as_one(
+    plain_model, capsys, changes, says
+):
+    file = plain_model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    assert main(["inspect", str(plain_model)]) == 0
+    out = capsys.readouterr().out
+    assert "cannot be used as a base" in out
+    assert says in out
+    assert "--base" not in out

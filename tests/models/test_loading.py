@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlx.checkpoint import Checkpoint, QuantSpec, open_checkpoint, read_probe, resolve_source
-from qlx.errors import InputRefused, Mismatch, UnsafeInput, Unsupported
+from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, UnsafeInput, Unsupported
 from qlx.models import (
     Labels,
     empty_model,
@@ -21,6 +21,7 @@ from qlx.models import (
     with_quantized_names,
 )
 from qlx.weights import read_tensors, write_tensors
+from tests.adapter_support import make_base
 
 SPEC = {"method": "qlora", "weight_bits": 4, "group_size": 64, "backend": "bitsandbytes"}
 
@@ -131,6 +132,25 @@ def test_configurations_with_code_or_unknown_quantization_are_refused(
     (directory / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(error):
         load_base(directory, "image-classification")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "64"),  # a type that transformers refuses with an error of its own
+        ("num_hidden_layers", []),
+        ("num_attention_heads", 0),
+        ("num_channels", -1),  # a size that torch refuses
+        ("patch_size", None),
+        ("layer_norm_eps", "small"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused_with_file_and_reason(tmp_path, field, value):
+    base = make_base(tmp_path / "base", "vit")
+    config = json.loads((base / "config.json").read_text()) | {field: value}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptCheckpoint, match=r"base/config\.json: transformers cannot use it"):
+        load_base(base, "image-classification")
 
 
 def test_computing_in_bfloat16_is_close_but_not_the_same(python_run, python_base):
