@@ -1,4 +1,4 @@
-"""`qlx pack`: quantize a merged model into the layout of the library that owns the scheme."""
+"""`qlx pack`: quantize a merged model into the layout of the library that loads it."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,21 +9,35 @@ from qlx.cli import options
 from qlx.cli.session import Session
 
 
+def _group_size(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> int | Literal["whole"] | None:
+    if value is None or value == "whole":
+        return None if value is None else "whole"
+    return int(click.IntRange(min=1)(value, parameter, context))
+
+
 @options.command(
     "pack",
-    examples=("qlx pack merged/digits -o packed/digits --to nf4",),
+    examples=(
+        "qlx pack merged/digits -o packed/digits --to nf4",
+        "qlx pack adapters/python --base runs/python-base -o packed/python --to int4 --group-size 32",
+    ),
 )
 @click.argument("checkpoint", type=options.DIRECTORY)
 @options.output()
 @options.base()
 @click.option(
     "--to",
-    type=click.Choice(["nf4", "fp4"]),
+    type=click.Choice(["nf4", "fp4", "int8", "int4", "ternary"]),
     required=True,
-    help="Target format.",
+    help="Target format: nf4 and fp4 load with bitsandbytes, int8, int4 and ternary with compressed-tensors.",
 )
 @click.option(
-    "--group-size", type=int, default=64, show_default=True, help="Weights that share a scale."
+    "--group-size",
+    metavar="N|whole",
+    callback=_group_size,
+    help="Weights that share a scale (default 64, for int8 a row); whole: a row, of ternary the tensor.",
 )
 @click.option(
     "--double-quant/--no-double-quant",
@@ -41,8 +55,8 @@ def command(
     output: Path,
     force: bool,
     base: str | None,
-    to: Literal["nf4", "fp4"],
-    group_size: int,
+    to: Literal["nf4", "fp4", "int8", "int4", "ternary"],
+    group_size: int | Literal["whole"] | None,
     double_quant: bool | None,
     min_retention: float | None,
 ) -> None:

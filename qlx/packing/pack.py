@@ -1,8 +1,10 @@
-"""`pack`: 4-bit weights that plain transformers with bitsandbytes loads, gated by what survives."""
+"""`pack`: low-bit weights in the layout of the library that loads them, gated by what survives."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import get_args
+
+from torch import Tensor
 
 from qlx.checkpoint import (
     Checkpoint,
@@ -15,14 +17,24 @@ from qlx.checkpoint import (
 )
 from qlx.errors import UsageError
 from qlx.merging.companions import carry_probe, copy_companions, read_config, write_config
+from qlx.packing.layouts import (
+    WHOLE,
+    GroupSize,
+    Target,
+    fitting_bitnet,
+    section_of,
+    spec_for,
+    stored_entries,
+)
 from qlx.packing.retention import LayerRetention, layer_retention, overall
 from qlx.packing.select import Selection, select_modules
 from qlx.packing.source import Weights, weights_to_pack
 from qlx.packing.writer import ShardWriter
 from qlx.quant import (
+    PackedIntegers,
     PackedTensor,
     dequantize_tensor,
-    packed_entries,
+    fitted_ternary,
     packed_fingerprint,
     quantize_tensor,
 )
@@ -30,8 +42,7 @@ from qlx.verification import DEFAULT_MIN_RETENTION, prove
 
 __all__ = ["TARGETS", "pack"]
 
-Target = Literal["nf4", "fp4"]
-TARGETS: tuple[Target, ...] = ("nf4", "fp4")
+TARGETS: tuple[Target, ...] = get_args(Target)
 """The formats that can be packed to."""
 
 _ADVICE = (
@@ -46,20 +57,21 @@ def pack(
     *,
     to: Target,
     base: str | Path | None = None,
-    group_size: int = 64,
+    group_size: GroupSize = None,
     double_quant: bool | None = None,
     min_retention: float = DEFAULT_MIN_RETENTION,
     force: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
-    """Round a model's linear weights to 4 bits and measure what is left of the fine-tuning.
+    """Round a model's linear weights to few bits and measure what is left of the fine-tuning.
 
     `checkpoint` is a merged one, a full run, or an adapter (merged on the fly onto `base`).
-    `group_size` input values share a scale; `double_quant` defaults to what training used.
+    `group_size` input values share a scale, with `whole` those of a row (int8, int4) or the tensor
+    (ternary); by default 64, and a row for int8. `double_quant` defaults to what training used.
     `min_retention` gates 1 - KL(unmerged ‖ packed) / KL(unmerged ‖ base) on the probe.
 
     Raises:
-        UsageError: an unknown target or a gate outside [0, 1].
+        UsageError: an unknown target, options it does not take, or a gate outside [0, 1].
         CheckFailed: less than `min_retention` of the adapter's effect survives.
         Mismatch: `base` is not the recorded one.
     """
@@ -70,12 +82,18 @@ def pack(
     check_output(output, (checkpoint, base), force=force)
     tell = report or (lambda line: None)
     opened = open_checkpoint(Path(checkpoint))
-    spec = _spec(opened.manifest, to, group_size, double_quant)
+    before = opened.manifest.quantization
+    spec_for(to, before, "float32", group_size, double_quant)  # refuses before anything is read
     with (
         weights_to_pack(opened, base) as (weights, companions),
         new_checkpoint(output, force=force) as staging,
     ):
-        selection = select_modules(weights, companions, opened.manifest, group_size)
+        dtype = _dtype_of(companions)
+        spec = spec_for(to, before, dtype, group_size, double_quant)
+        selection = select_modules(weights, companions, opened.manifest, spec.group_size)
+        spec = fitting_bitnet(
+            spec, causal=opened.manifest.task == "causal-lm", biased=selection.biased
+        )
         tell(f"packing {len(selection.tensors)} of {len(weights.names())} tensors to {to}")
         layers: list[LayerRetention] = []
         fingerprint = _write(staging, weights, selection, spec, layers)
@@ -83,25 +101,19 @@ def pack(
             tell(line)
         copy_companions(staging, companions)
         spec = _complete(spec, selection, fingerprint)
-        _configure(staging, companions, spec)
+        write_config(staging, read_config(companions), dtype, section_of(spec))
         carry_probe(opened, staging)
         tell("replaying the probe on the packed files")
-        done = prove(staging, _manifest(opened, spec, layers, min_retention), advice=_ADVICE)
+        done = prove(
+            staging, _manifest(opened, spec, layers, min_retention), advice=_advice(layers)
+        )
     return Checkpoint(Path(output), done.manifest, done.digest)
 
 
-def _spec(manifest: Manifest, to: Target, group_size: int, double_quant: bool | None) -> QuantSpec:
-    before = manifest.quantization
-    trained = before.double_quant if before.quantized else True
-    return QuantSpec(
-        method="post-training",
-        weight_bits=4,
-        scheme=to,
-        group_size=group_size,
-        double_quant=trained if double_quant is None else double_quant,
-        compute_dtype=before.compute_dtype,
-        backend="bitsandbytes",
-    )
+def _dtype_of(companions: Path) -> str:
+    """The dtype of a model's weights, as its configuration calls it."""
+    config = read_config(companions)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _write(
@@ -121,16 +133,24 @@ def _write(
                 writer.add({name: weights.value(name, full=False)})
                 continue
             merged = weights.value(name, full=True)
-            result = quantize_tensor(merged, spec)
+            result = _packed(merged, spec)
             before = weights.before(name)
             if before is not None:
                 layers.append(layer_retention(name, before, merged, dequantize_tensor(result)))
-            writer.add(packed_entries(result, name))
+            writer.add(stored_entries(result, name, spec))
             yield name, result
 
     fingerprint = packed_fingerprint(packed())
     writer.close()
     return fingerprint
+
+
+def _packed(weight: Tensor, spec: QuantSpec) -> PackedTensor:
+    """Codes as training makes them; ternary scales are those that fit the codes best."""
+    packed = quantize_tensor(weight, spec)
+    if isinstance(packed, PackedIntegers) and packed.scheme == "ternary":
+        return fitted_ternary(packed, weight)
+    return packed
 
 
 def _layer_lines(layers: list[LayerRetention]) -> list[str]:
@@ -139,6 +159,15 @@ def _layer_lines(layers: list[LayerRetention]) -> list[str]:
         for layer in layers
         if layer.retention is not None
     ]
+
+
+def _advice(layers: list[LayerRetention]) -> str:
+    """What to do where too little is kept, and where the least is."""
+    known = {layer.name: layer.retention for layer in layers if layer.retention is not None}
+    if not known:
+        return _ADVICE
+    worst = min(known, key=lambda name: known[name])
+    return f"{worst} keeps least of its weight change ({known[worst]:.1%}); {_ADVICE}"
 
 
 def _complete(spec: QuantSpec, selection: Selection, fingerprint: str) -> QuantSpec:
@@ -153,28 +182,12 @@ def _complete(spec: QuantSpec, selection: Selection, fingerprint: str) -> QuantS
     )
 
 
-def _configure(staging: Path, companions: Path, spec: QuantSpec) -> None:
-    """Write `config.json` so that transformers builds 4-bit layers exactly where there are codes."""
-    config = read_config(companions)
-    quantization: dict[str, object] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": spec.scheme,
-        "bnb_4bit_use_double_quant": spec.double_quant,
-        "bnb_4bit_compute_dtype": spec.compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": list(spec.skip_modules),
-    }
-    write_config(staging, config, str(config.get("dtype", "float32")), quantization)
-
-
 def _manifest(
     checkpoint: Checkpoint, spec: QuantSpec, layers: list[LayerRetention], min_retention: float
 ) -> Manifest:
     options: dict[str, object] = {
         "to": spec.scheme,
-        "group_size": spec.group_size,
+        "group_size": spec.group_size or WHOLE,
         "double_quant": spec.double_quant,
         "min_retention": min_retention,
     }

@@ -19,20 +19,22 @@ class Selection:
     """What is packed and what is not.
 
     `tensors` maps the modules to pack (names in memory) to their weights' names in the files;
-    `skipped` names the linear modules that stay as they are.
+    `skipped` names the linear modules that stay as they are; `biased` says whether any packed one
+    has a bias.
     """
 
     tensors: dict[str, str]
     skipped: tuple[str, ...]
+    biased: bool
 
 
 def select_modules(
-    weights: Weights, companions: Path, manifest: Manifest, group_size: int
+    weights: Weights, companions: Path, manifest: Manifest, group_size: int | None
 ) -> Selection:
     """Choose what to pack: what training had quantized, else every eligible linear layer.
 
-    Embeddings, heads, norms and layers whose inputs are no multiple of `group_size` are never
-    packed. `companions` holds the configuration, from which the model is built without memory for
+    Embeddings, heads, norms and layers whose inputs are no multiple of `group_size` (None: of any
+    number) are never packed. `companions` holds the configuration, from which the model is built without memory for
     its weights.
 
     Raises:
@@ -43,7 +45,7 @@ def select_modules(
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
-    odd = [name for name, module in linears.items() if module.in_features % group_size]
+    odd = [name for name, module in linears.items() if module.in_features % (group_size or 1)]
     allowed = set(eligible_modules(model, odd, group_size))
     recorded = set(manifest.quantization.tensors)
     chosen = {
@@ -52,5 +54,11 @@ def select_modules(
         if module in allowed and (not recorded or names[f"{module}.weight"] in recorded)
     }
     if not chosen:
-        raise Unsupported(f"{companions}: no linear layer can be packed in groups of {group_size}")
-    return Selection(chosen, tuple(name for name in linears if name not in chosen))
+        widths = sorted({module.in_features for module in linears.values()})
+        raise Unsupported(
+            f"{companions}: no linear layer can be packed in groups of {group_size}, because none has "
+            f"a multiple of that many inputs ({', '.join(map(str, widths[:6]))}); choose a smaller --group-size"
+        )
+    skipped = tuple(name for name in linears if name not in chosen)
+    biased = any(linears[name].bias is not None for name in chosen)
+    return Selection(chosen, skipped, biased)

@@ -19,6 +19,7 @@ from qlx.quant.codec4bit import (
 from qlx.quant.compressed import compressed_entries, compressed_section, packed_from_compressed
 from qlx.quant.export_linear import PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
+from qlx.quant.fit import fitted_ternary
 from qlx.quant.hf import bnb_config
 from qlx.quant.integer_linear import IntegerLinear
 from qlx.quant.integers import (
@@ -72,6 +73,7 @@ __all__ = [
     "dequantize_tensor",
     "eligible_modules",
     "entry_names",
+    "fitted_ternary",
     "guard_bitsandbytes",
     "head_modules",
     "is_packed_weight",

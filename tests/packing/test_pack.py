@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from qlx.checkpoint import QuantSpec, open_checkpoint, read_probe
-from qlx.errors import CheckFailed, InputRefused, Mismatch, UsageError
+from qlx.errors import CheckFailed, InputRefused, Mismatch, Unsupported, UsageError
 from qlx.merging import merge
 from qlx.packing import pack
 from qlx.quant import packed_fingerprint, packed_from_entries, quantize_tensor
@@ -66,6 +67,7 @@ def test_a_delta_below_a_step_fails_the_gate_and_leaves_nothing(tmp_path, bases,
     with pytest.raises(CheckFailed, match="retention") as caught:
         pack(small.path, tmp_path / "packed", to="nf4", base=bases[kind])
     assert "keep the adapter separate" in str(caught.value)
+    assert "weight keeps least of its weight change" in str(caught.value)
     assert not [name for name in os.listdir(tmp_path) if "packed" in name]
 
 
@@ -145,9 +147,28 @@ def test_packing_the_base_again_without_an_adapter_keeps_the_codes(tmp_path, mer
         assert torch.equal(again.codes, packed.codes)
 
 
+def test_a_gate_of_one_does_not_read_as_if_it_were_met(tmp_path, merged):
+    """The failing value differs from its limit in the message, however close it comes."""
+    with pytest.raises(CheckFailed) as caught:
+        pack(merged["llama"].path, tmp_path / "p", to="nf4", min_retention=1.0)
+    value = re.search(r"retention (\S+) \(limit ≥ 1\)", str(caught.value))
+    assert float(value[1]) < 1
+
+
+@pytest.mark.parametrize("size", [0, -64, 7, 100, 8192])
+def test_sizes_that_the_scheme_does_not_take_are_refused_with_those_it_does(tmp_path, merged, size):
+    with pytest.raises(UsageError, match=f"--group-size {size}: nf4 takes one of 32, 64, 128"):
+        pack(merged["vit"].path, tmp_path / "p", to="nf4", group_size=size)
+
+
+def test_groups_wider_than_every_layer_are_refused_with_the_widths(tmp_path, merged):
+    with pytest.raises(Unsupported, match=r"\(64, 128\); choose a smaller --group-size"):
+        pack(merged["llama"].path, tmp_path / "p", to="nf4", group_size=4096)
+
+
 def test_refusals(tmp_path, bases, merged):
     with pytest.raises(UsageError, match="nf4, fp4"):
-        pack(merged["vit"].path, tmp_path / "p", to="int4")
+        pack(merged["vit"].path, tmp_path / "p", to="int2")
     with pytest.raises(UsageError, match="from 0 to 1"):
         pack(merged["vit"].path, tmp_path / "p", to="nf4", min_retention=1.5)
     with pytest.raises(Mismatch, match="not the base"):

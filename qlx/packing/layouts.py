@@ -1,0 +1,140 @@
+"""What each target of packing stores: its scheme and groups, and whose layout its files have.
+
+The layouts are those of the libraries that load them in transformers; `docs/decisions/0008` says why
+these. Codes and scales are `qlx.quant`'s whatever the layout.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from qlx.checkpoint import QuantSpec
+from qlx.errors import UsageError
+from qlx.quant import (
+    BLOCK_SIZES,
+    FOUR_BIT,
+    SCALE_DTYPE,
+    PackedIntegers,
+    PackedTensor,
+    bitnet_entries,
+    compressed_entries,
+    compressed_section,
+    packed_entries,
+)
+
+__all__ = [
+    "WHOLE",
+    "GroupSize",
+    "Target",
+    "fitting_bitnet",
+    "section_of",
+    "spec_for",
+    "stored_entries",
+]
+
+Target = Literal["nf4", "fp4", "int8", "int4", "ternary"]
+GroupSize = int | Literal["whole"] | None
+
+WHOLE: Literal["whole"] = "whole"
+"""The group size that stands for one scale a row (int8, int4) or tensor (ternary)."""
+
+_BITS: dict[Target, int] = {"nf4": 4, "fp4": 4, "int8": 8, "int4": 4, "ternary": 2}
+_DEFAULT_GROUP: dict[Target, int | None] = {to: None if to == "int8" else 64 for to in _BITS}
+_BITNET_CLASS: Literal["autobitlinear"] = "autobitlinear"
+
+
+def spec_for(
+    to: Target,
+    before: QuantSpec,
+    dtype: str,
+    group_size: GroupSize = None,
+    double_quant: bool | None = None,
+) -> QuantSpec:
+    """How weights are packed to `to`.
+
+    `before` is how they were quantized in training, from which double quantization is taken where
+    it is not given; `dtype` is the model's own (`float32`), which integer scales are kept in, so that
+    a library which computes in it gets every value exactly.
+
+    Raises:
+        UsageError: a group size or double quantization that `to` does not take.
+    """
+    blocks = to in FOUR_BIT
+    if double_quant and not blocks:
+        raise UsageError(f"--double-quant: {to} has no scales of 8 bits; nf4 and fp4 have")
+    trained = before.double_quant if before.quantized else True
+    fields = {"double_quant": trained if double_quant is None else double_quant}
+    if not blocks:
+        fields = {"symmetric": True}
+    return QuantSpec(
+        method="post-training",
+        weight_bits=_BITS[to],
+        scheme=to,
+        group_size=_group_size(to, group_size),
+        compute_dtype=before.compute_dtype,
+        backend="bitsandbytes" if blocks else "compressed-tensors",
+        extras={} if blocks or dtype == "float32" else {SCALE_DTYPE: dtype},
+        **fields,
+    )
+
+
+def _group_size(to: Target, wanted: GroupSize) -> int | None:
+    if wanted is None:
+        return _DEFAULT_GROUP[to]
+    whole = to not in FOUR_BIT
+    if wanted == WHOLE and whole:
+        return None
+    if wanted not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise UsageError(
+            f"--group-size {wanted}: {to} takes one of {sizes}{f', or {WHOLE}' if whole else ''}"
+        )
+    return int(wanted)
+
+
+def fitting_bitnet(spec: QuantSpec, *, causal: bool, biased: bool) -> QuantSpec:
+    """`spec` in the layout of a Hugging Face BitNet model, where that can hold it.
+
+    It can for ternary codes with one scale a tensor in a causal language model whose packed layers
+    have no biases (which transformers' layer would multiply by the scale). Its layers round their
+    inputs to 8 bits, and so does ours then.
+    """
+    if spec.scheme != "ternary" or spec.group_size is not None or not causal or biased:
+        return spec
+    return spec.model_copy(update={"backend": "bitnet", "activation_bits": 8})
+
+
+def stored_entries(packed: PackedTensor, name: str, spec: QuantSpec) -> dict[str, Tensor]:
+    """The tensors to store for the weight `name`, in the layout that `spec` names.
+
+    Raises:
+        Unsupported: the layout cannot hold this weight.
+    """
+    if not isinstance(packed, PackedIntegers):
+        return packed_entries(packed, name)
+    if spec.backend == "bitnet":
+        return bitnet_entries(packed, name, _BITNET_CLASS)
+    return compressed_entries(packed, name)
+
+
+def section_of(spec: QuantSpec) -> dict[str, object]:
+    """The `quantization_config` by which transformers builds packed layers exactly where there are codes."""
+    if spec.backend == "compressed-tensors":
+        return compressed_section(spec, spec.skip_modules)
+    if spec.backend == "bitnet":
+        return {
+            "quant_method": "bitnet",
+            "linear_class": _BITNET_CLASS,
+            "quantization_mode": "offline",
+            "modules_to_not_convert": list(spec.skip_modules),
+        }
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": spec.scheme,
+        "bnb_4bit_use_double_quant": spec.double_quant,
+        "bnb_4bit_compute_dtype": spec.compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(spec.skip_modules),
+    }
