@@ -1,5 +1,6 @@
 """Options that mean the same thing in every command, as decorators, and the command class."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,25 @@ class Command(click.Command):
         """Run the body with the session's streams in place."""
         session = ctx.find_object(Session) or Session()
         ctx.obj, session.extra = session, self.extra
+        _require_utf8(ctx)
         with session.streams():
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt as error:  # click would print an empty line
                 raise Interrupted from error
+
+
+def _require_utf8(ctx: click.Context) -> None:
+    """Refuse what is not UTF-8 on the command line: the libraries that read models cannot open it."""
+    for name, value in ctx.params.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            text = os.path.abspath(item) if isinstance(item, Path) else str(item)
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise click.BadParameter(
+                    f"{text!a} is not UTF-8, which libraries that read models need; rename it",
+                    ctx,
+                    next(each for each in ctx.command.params if each.name == name),
+                )
 
 
 def command(

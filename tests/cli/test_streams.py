@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 QLX = (sys.executable, "-m", "qlx")
 FITS = ("plan", "--params", "1B")
 FITS_NOT = ("plan", "--params", "70B", "--vram", "1GB")  # a check that fails: exit code 1
@@ -81,19 +83,36 @@ def test_other_encodings_get_escapes(tmp_path, plain_model, variables):
     assert json.loads(result.stdout)["path"] == str(directory)
 
 
-def test_a_path_that_is_not_utf8_is_printed_and_put_into_json(tmp_path, adapter, plain_model):
-    for directory in (adapter, plain_model):
-        strange = directory.rename(os.fsdecode(os.fsencode(tmp_path / "odd-") + b"\xff"))
-        for flags in ((), ("--json",)):
-            result = subprocess.run(
-                [*QLX, "inspect", strange, *flags], capture_output=True, check=False
-            )
-            assert (result.returncode, result.stderr) == (0, b"")
-            assert b"odd-\\udcff" in result.stdout
-        assert json.loads(result.stdout)["path"] == str(strange)
-        strange.rename(directory)
-    refused = subprocess.run(
-        [*QLX, "verify", b"/nowhere-\xff", "--json"], capture_output=True, check=False
-    )
-    assert refused.returncode == 2
-    assert "nowhere-" in json.loads(refused.stdout)["error"]["message"]
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "PATH"),
+        ("verify", "GONE"),
+        ("inspect", "PATH"),
+        ("inspect", "relative"),
+        ("pack", "fine", "-o", "PATH", "--to", "nf4"),
+        ("load-adapter", "--base", "PATH", "--adapter", "fine"),
+        ("train", "RECIPE", "--set", "name=\udcff"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_by_name(tmp_path, adapter, words):
+    """And printed, also as JSON, which a byte that is not UTF-8 would spoil."""
+    strange = os.fsdecode(os.fsencode(tmp_path / "odd-") + b"\xff")
+    os.mkdir(strange)
+    adapter.rename(f"{strange}/relative")
+    (tmp_path / "fine").mkdir()
+    (tmp_path / "recipe").write_text("x")
+    places = {
+        "PATH": strange,
+        "GONE": strange + "x",
+        "fine": tmp_path / "fine",
+        "RECIPE": tmp_path / "recipe",
+    }
+    result = subprocess.run(
+        [*QLX, *(places.get(word, word) for word in words), "--json"],
+        capture_output=True, cwd=strange, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    message = json.loads(result.stdout)["error"]["message"]
+    assert "does not exist" in message if "GONE" in words else "\\udcff" in message
+    assert len(result.stderr.splitlines()) == 1
