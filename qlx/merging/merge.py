@@ -11,6 +11,7 @@ from qlx.checkpoint import (
     Checkpoint,
     FileEntry,
     Manifest,
+    Probe,
     QuantSpec,
     Source,
     check_output,
@@ -36,9 +37,10 @@ from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.proof import Proof, proof_bytes, proofs_within, prove_merge
 from qlx.merging.record import merge_options, untouched_tensors, untouched_text
 from qlx.merging.values import MAX_ERASED, check_codes, require_codes
-from qlx.models import STORED_DTYPE
+from qlx.models import STORED_DTYPE, TorchPredictor, load_model, torch_float
 from qlx.verification import base_of, needs_base, replay
 from qlx.verification.base import find_base
+from qlx.verification.metrics import Array
 from qlx.verification.prove import record_noise
 
 __all__ = ["Outline", "adapter_checkpoint", "merge", "outline", "plan_of"]
@@ -330,18 +332,26 @@ def _finish(
 
     That run needs the base in memory; where it does not fit, the merged files' own outputs are kept.
     What a merge in 16 bits may differ by is, in the end, a matter of what that dtype does to the
-    unmerged model; that is measured only where the general limit is not met.
+    unmerged model; that is measured only where the general limit is not met, and the model fits.
     """
-    own = None
-    original = plan.onto == "original" and plan.spec.quantized and not plan.rounds
-    if original and proofs[0] == "replay":
+    unmerged = None
+    if plan.onto == "original" and plan.spec.quantized and proofs[0] == "replay":
         unquantized = adapter.manifest.model_copy(update={"quantization": QuantSpec()})
-        own = replay(Checkpoint(adapter.path, unquantized, adapter.digest), source)
+        unmerged = replay(Checkpoint(adapter.path, unquantized, adapter.digest), source)
+    dtype = main_dtype(plan)
+
+    def proven() -> Checkpoint:
+        return prove_merge(staging, manifest, plan, known, proofs=proofs, unmerged=unmerged)
+
+    def coarse(probe: Probe) -> Array:
+        model = load_model(adapter, source, compute_dtype=torch_float(dtype))
+        return TorchPredictor(model, manifest.task).predict(probe.inputs)
+
     try:
-        return prove_merge(staging, manifest, plan, known, proofs=proofs, own=own)
+        return proven()
     except CheckFailed:
-        if not plan.rounds or proofs[0] != "replay":
+        if not plan.rounds or "replay" not in proofs:
             raise
-        if not record_noise(staging, manifest, adapter, source, main_dtype(plan)):
+        if not record_noise(staging, manifest, dtype, coarse):
             raise
-    return prove_merge(staging, manifest, plan, known, proofs=proofs, own=own)
+    return proven()

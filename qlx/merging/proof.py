@@ -65,11 +65,12 @@ def prove_merge(
     known: Mapping[str, FileEntry],
     *,
     proofs: Sequence[Proof],
-    own: Array | None,
+    unmerged: Array | None,
 ) -> Checkpoint:
     """Prove the merged files in `staging` by the first of `proofs` that is possible, and seal them.
 
-    The manifest says which one it was. `own` are outputs known from elsewhere, see `prove`.
+    The manifest says which one it was. `unmerged` are the outputs of the adapter on the base that
+    it was merged onto, where training saw another: rounding aside, those of the merged files.
 
     Raises:
         CheckFailed: they are not what the adapter and its base make.
@@ -86,7 +87,8 @@ def prove_merge(
             return sealed(staging, _said(said, checked_rows=rows), known)
         try:
             run = _by_layers if how == "replay by layers" else _loaded
-            return prove(staging, said, own=own, known=known, run=run, advice=advice_for(plan))
+            outputs = {"unmerged" if plan.rounds else "own": unmerged}
+            return prove(staging, said, known=known, run=run, advice=advice_for(plan), **outputs)
         except Unsupported:
             if how == "replay":
                 raise

@@ -16,18 +16,19 @@ from qlx.checkpoint import (
     FileEntry,
     Manifest,
     Probe,
-    Source,
     bytes_digest,
     seal,
     write_probe,
 )
 from qlx.errors import CheckFailed
-from qlx.verification.judge import probe_result, verify_outputs
+from qlx.verification.judge import judge, noise_floor, probe_result, verify_outputs
 from qlx.verification.metrics import Array, Comparison
 from qlx.verification.replay import probe_of, replay
-from qlx.verification.thresholds import UNIT_ROUNDOFF, Check, lossy_steps
+from qlx.verification.thresholds import UNIT_ROUNDOFF, Check, lossy_steps, rounded_thresholds
 
 __all__ = ["failure_text", "prove", "record_noise", "sealed"]
+
+_UNMERGED = "unmerged on the original base"
 
 
 def prove(
@@ -35,6 +36,7 @@ def prove(
     manifest: Manifest,
     *,
     own: Array | None = None,
+    unmerged: Array | None = None,
     advice: str = "",
     known: Mapping[str, FileEntry] | None = None,
     run: Callable[[Checkpoint, Probe], Array] | None = None,
@@ -43,7 +45,10 @@ def prove(
 
     A lossy checkpoint gets its own outputs into the probe, for a tight replay later: `own`, where
     they are known from elsewhere (then the staged files must agree with them), else what the
-    staged files give now. `advice` ends the message of a failure: what the user can do. `known`
+    staged files give now. `unmerged` are outputs, where they are not the reference, that they may
+    differ from by no more than rounding; the distance is stated.
+
+    `advice` ends the message of a failure: what the user can do. `known`
     holds entries of files that are hashed already. `run` gives the outputs of the staged files on
     a probe where they are not loaded and replayed.
 
@@ -59,6 +64,10 @@ def prove(
         assert manifest.probe is not None
         write_probe(staging / manifest.probe.file, probe)
     comparisons, checks = verify_outputs(manifest, probe, outputs)
+    if unmerged is not None:
+        limits = rounded_thresholds(manifest, noise_floor(probe))
+        found, more = judge(_UNMERGED, replace(probe, base=None), unmerged, outputs, limits)
+        comparisons, checks = comparisons | found, [*checks, *more]
     failed = [check for check in checks if not check.passed]
     if failed:
         raise CheckFailed("; ".join(filter(None, (failure_text(manifest, failed), advice))))
@@ -69,22 +78,20 @@ def prove(
 
 
 def record_noise(
-    staging: Path, manifest: Manifest, unmerged: Checkpoint, base: Source | None, dtype: str
+    staging: Path, manifest: Manifest, dtype: str, run: Callable[[Probe], Array]
 ) -> bool:
     """Put the unmerged model's outputs in a 16-bit dtype into a staged probe, as its noise floor.
 
-    For a merge that was rounded to `dtype` from a training in another. Runs the unmerged model.
+    For a merge that was rounded to `dtype` from a training in another. `run` gives the outputs of
+    the unmerged model computing in `dtype`, and is called only where they are of use.
 
     Returns:
         Whether they were put there; not where the probe has a noise floor already.
     """
-    from qlx.models import TorchPredictor, load_model, torch_float
-
     probe = probe_of(Checkpoint(staging, manifest, ""))
     if probe.native is not None or manifest.probe is None or dtype not in UNIT_ROUNDOFF:
         return False
-    model = load_model(unmerged, base, compute_dtype=torch_float(dtype))
-    native = TorchPredictor(model, manifest.task).predict(probe.inputs)
+    native = run(probe)
     if not np.isfinite(native[probe.mask] if probe.mask is not None else native).all():
         return False
     write_probe(staging / manifest.probe.file, replace(probe, native=native))

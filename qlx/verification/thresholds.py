@@ -24,6 +24,7 @@ __all__ = [
     "own_thresholds",
     "reference_thresholds",
     "require_sensible",
+    "rounded_thresholds",
     "shown",
     "tightened",
 ]
@@ -286,6 +287,14 @@ def against_thresholds(
 
 def _exact(manifest: Manifest) -> float:
     return EXACT_RUNTIME if manifest.kind in ("onnx", "packed") else EXACT_TORCH
+
+
+def rounded_thresholds(manifest: Manifest, native: float | None) -> Thresholds:
+    """Limits for a checkpoint that was rounded to 16 bits against the same weights unrounded.
+
+    `native` as in `reference_thresholds`.
+    """
+    return _rounded(lossy_steps(manifest), native, False)
 
 
 def _rounded(lossy: tuple[Step, ...], native: float | None, has_base: bool) -> Thresholds:

@@ -268,6 +268,24 @@ def test_onto_the_original_base_states_its_price_and_is_proven_otherwise(tmp_pat
     assert recorded["own"]["relative"] < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_onto_the_original_base_in_sixteen_bits_is_held_to_the_unmerged_model(
+    tmp_path, bases, monkeypatch, dtype
+):
+    base = bases("llama")
+    adapter = make_adapter(base, tmp_path / "adapter", Case(quant=NF4))
+    merged = merge(base, [adapter.path], tmp_path / "merged", onto="original", dtype=dtype)
+    recorded = {result.against: result.metrics for result in merged.manifest.probe.results}
+    price = recorded["unmerged on the original base"]
+    assert 1e-5 < price["relative"] < 8 * HALF_ULP[getattr(torch, dtype)]
+    assert "retention" not in price
+    assert recorded["reference"]["relative"] > 1e-2
+    assert verify(merged.path).passed
+    monkeypatch.setattr("qlx.merging.blocks.merged_weight", WRONG_FORMULAS["sign"])
+    with pytest.raises(CheckFailed, match="unmerged on the original base: relative"):
+        merge(base, [adapter.path], tmp_path / "wrong", onto="original", dtype=dtype)
+
+
 def test_as_trained_is_what_training_saw_and_original_is_not(tmp_path, bases):
     base = bases("llama")
     adapter = make_adapter(base, tmp_path / "adapter", Case(quant=NF4))

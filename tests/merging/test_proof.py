@@ -108,6 +108,25 @@ def test_the_sample_passes_what_is_right_and_names_what_is_not(tmp_path, name, q
             check_sample(plan, open_weights(tmp_path / "merged"))
 
 
+@pytest.mark.parametrize("how", ["replay", "replay by layers"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_coarse_dtype_is_judged_by_the_unmerged_model_wherever_that_fits(
+    tmp_path, made, monkeypatch, how, fits
+):
+    """The general limit is put out of reach, so that only the measured noise floor can save it."""
+    base, adapter = made
+    rest = ["replay"] if fits else []
+    monkeypatch.setattr(MERGE, "proofs_within", only(how, *rest))
+    monkeypatch.setattr("qlx.verification.thresholds.ROUNDING_GROWTH", 0.0)
+    if fits or how == "replay":
+        merged = merge(base, [adapter.path], tmp_path / "merged")
+        assert options(merged)["proof"] == how
+        assert verify(merged.path).noise_floor is not None
+    else:
+        with pytest.raises(CheckFailed, match="merge with --dtype float32"):
+            merge(base, [adapter.path], tmp_path / "merged")
+
+
 def test_a_model_that_cannot_be_run_by_layers_is_proven_another_way(tmp_path, monkeypatch):
     base = make_base(tmp_path / "base", "qwen3_moe")
     adapter = make_adapter(base, tmp_path / "adapter", Case("qwen3_moe"))

@@ -17,7 +17,7 @@ from qlx.errors import (
     UsageError,
 )
 from qlx.exporting import export_onnx
-from qlx.merging import Combination, merge, outline
+from qlx.merging import Combination, merge, outline, through_peft
 from qlx.merging.through_peft import KINDS, NOT_MERGEABLE
 from qlx.models import load_base
 from qlx.training import save_adapter
@@ -113,6 +113,23 @@ def test_a_sixteen_bit_base_keeps_its_dtype_and_its_other_bytes(tmp_path, bases,
         assert torch.equal(after[name], value) is not touched
         assert torch.equal(after[name], exact[name].to(dtype))  # rounded once
     assert verify(merged.path).passed
+
+
+def test_in_the_end_a_coarse_dtype_is_judged_by_what_it_does_to_the_unmerged_model(
+    tmp_path, bases, monkeypatch
+):
+    base = bases("llama", torch.bfloat16)
+    directory = make(base, tmp_path / "adapter", "LOHA", size=0.3)
+    monkeypatch.setattr("qlx.verification.thresholds.ROUNDING_GROWTH", 0.0)
+    merged = merge(base, [directory], tmp_path / "merged")
+    assert read_probe(merged.path).native is not None
+    report = verify(merged.path)
+    assert report.passed
+    assert 0 < report.comparisons["reference"].relative <= 2 * report.noise_floor
+    changed = through_peft._changed
+    monkeypatch.setattr(through_peft, "_changed", lambda *p: dict(list(changed(*p).items())[1:]))
+    with pytest.raises(CheckFailed, match="differs"):  # negative control
+        merge(base, [directory], tmp_path / "wrong")
 
 
 @pytest.mark.parametrize("kind", NOT_MERGEABLE)
@@ -219,8 +236,6 @@ def test_a_module_without_an_update_is_named(tmp_path, bases):
 
 def test_a_wrong_merge_would_be_noticed(tmp_path, bases, monkeypatch):
     """Negative control: a merge that loses one layer differs from the unmerged model."""
-    from qlx.merging import through_peft
-
     base = bases("llama")
     directory = make(base, tmp_path / "adapter", "LOHA")
     changed = through_peft._changed
