@@ -105,6 +105,12 @@ class DataSection(_Section):
             raise ValueError("variant is for source 'digits' only")
         return self
 
+    @property
+    def task(self) -> Task:
+        """The task that these examples are for."""
+        vision = self.source in ("digits", "images")
+        return "image-classification" if vision else "causal-lm"
+
 
 class AdapterSection(_Section):
     """Low-rank adapter. scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""

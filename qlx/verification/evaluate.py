@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlx.checkpoint import Checkpoint, Manifest, Source, Step, open_checkpoint
-from qlx.errors import CheckFailed, InputRefused
+from qlx.errors import CheckFailed, InputRefused, Mismatch
 from qlx.inputs import Batch, Score, eval_batches
 from qlx.recipe import DataSection, load_recipe
 from qlx.verification.base import base_of
@@ -52,9 +52,10 @@ def evaluate(
     checkpoint = open_checkpoint(Path(path))
     source = base_of(checkpoint, base)
     chosen = recorded_data(checkpoint) if data is None else data_of(data)
+    batches = examples(checkpoint, chosen, batch_size)
     predictor = predictor_of(checkpoint, source)
     score = Score(checkpoint.manifest.task)
-    for batch in examples(checkpoint, chosen, batch_size):
+    for batch in batches:
         score.add(predictor.predict(batch.inputs), batch.labels)
     return _result(checkpoint, chosen, score)
 
@@ -69,7 +70,13 @@ def examples(checkpoint: Checkpoint, data: DataSection, size: int) -> Iterator[B
 
     Raises:
         InputRefused: the data or the checkpoint's preprocessing files are missing.
+        Mismatch: the data are for another task.
     """
+    if data.task != checkpoint.manifest.task:
+        raise Mismatch(
+            f"{checkpoint.path}: a checkpoint for {checkpoint.manifest.task}, and the data ({data.source}) are for "
+            f"{data.task}; give a recipe with data for that task"
+        )
     train = _training_step(checkpoint.manifest)
     completion_only = train is None or train.options.get("completion_only") is not False
     return eval_batches(data, checkpoint.path, size=size, completion_only=completion_only)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from qlx.checkpoint import open_checkpoint, read_manifest, seal
-from qlx.errors import CheckFailed, InputRefused
+from qlx.errors import CheckFailed, InputRefused, Mismatch
 from qlx.merging import merge
 from qlx.packing import pack
-from qlx.verification import evaluate, recorded_data
+from qlx.recipe import DataSection
+from qlx.verification import evaluate, recorded_data, verify
 from qlx.weights import read_tensors, write_tensors
 
 NAMES = {"digits": "accuracy", "python": "token_accuracy"}
@@ -70,6 +71,20 @@ def test_a_recipe_names_other_data(made):
     recipe = base / "recipe.yaml"
     assert evaluate(base, data=recipe).metrics == pytest.approx(evaluate(base).metrics)
     assert evaluate(base, data=run / "recipe.yaml").metrics["loss"] > evaluate(base).metrics["loss"]
+
+
+def test_data_of_another_task_are_refused_as_such(made):
+    """By `eval`, and by `verify --data`."""
+    base, run, merged, _ = made
+    source = (
+        "python-docstrings" if recorded_data(open_checkpoint(run)).source == "digits" else "digits"
+    )
+    data = DataSection(source=source)
+    said = r"a checkpoint for \S+, and the data \(" + source
+    with pytest.raises(Mismatch, match=said):
+        evaluate(run, base=base, data=data)
+    with pytest.raises(Mismatch, match=said):
+        verify(merged, against=run, base=base, data=data)
 
 
 def test_without_recorded_data_some_must_be_named(made, tmp_path):
