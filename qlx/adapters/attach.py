@@ -35,7 +35,7 @@ __all__ = [
 _MISFIT = re.compile(
     r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
 )
-_TASKS = {"causal-lm": "CAUSAL_LM", "image-classification": None, None: None}
+_TASKS = {"causal-lm": "CAUSAL_LM", "image-classification": None, "heatmap": None, None: None}
 
 
 def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple[str, ...]:

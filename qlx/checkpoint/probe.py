@@ -25,17 +25,18 @@ _OUTPUTS = ("reference", "base", "native", "own")
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs and reference outputs, all fp32 logits of shape [n, classes] or [n, T, vocabulary].
+    """Inputs and reference outputs, all fp32 logits of shape [n, classes], [n, T, vocabulary] or [n, K, h, w].
 
     Attributes:
         task: the task the inputs belong to.
-        inputs: `pixel_values` f32 [n, 3, H, W], or `input_ids` and `attention_mask` i64 [n, T].
+        inputs: `pixel_values` f32 [n, 3 · frames, H, W], or `input_ids` and `attention_mask` i64 [n, T].
         reference: the unmerged model as trained, computed in fp32.
         base: the same with the adapter disabled; what "no effect" would look like.
         native: the unmerged model in training's own compute dtype; its distance to `reference` is
             the noise floor.
         own: the outputs of the checkpoint this file lies in, where that one is lossy by nature.
-        labels: i64 [n] or [n, T], -100 where there is nothing to predict.
+        labels: i64 [n] or [n, T], -100 where there is nothing to predict; of heatmaps f32 [n, K, 5], see
+            `qlx.inputs.Batch`.
     """
 
     task: str

@@ -178,7 +178,7 @@ def name_interface(model: ir.Model) -> None:
             _free_axes(
                 value,
                 {0: "batch"}
-                if value.shape is not None and len(value.shape) == 2
+                if value.shape is not None and len(value.shape) in (2, 4)  # classes, heatmaps
                 else {0: "batch", 1: "sequence"},
             )
 

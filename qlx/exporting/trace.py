@@ -13,6 +13,7 @@ from torch import nn
 
 from qlx.errors import Unsupported
 from qlx.exporting.quiet import quiet
+from qlx.models import image_shape
 
 __all__ = ["trace"]
 
@@ -30,7 +31,7 @@ def trace(model: nn.Module, task: str) -> ir.Model:
     from transformers.exporters import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    sample, shapes = _image_sample(model) if task == "image-classification" else _text_sample(model)
+    sample, shapes = _text_sample(model) if task == "causal-lm" else _image_sample(model)
     config = OnnxConfig(dynamic_shapes=shapes, optimize=False)
     try:
         with quiet(), torch.no_grad():
@@ -44,10 +45,7 @@ def trace(model: nn.Module, task: str) -> ir.Model:
 
 
 def _image_sample(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    config: Any = model.config
-    size = config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    pixels = torch.zeros(2, config.num_channels, height, width)
+    pixels = torch.zeros(2, *image_shape(model.config))
     return {"pixel_values": pixels}, {"pixel_values": {0: _FREE}}
 
 

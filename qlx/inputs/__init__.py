@@ -3,13 +3,24 @@
 Training, verification and the runtime all prepare their inputs here, so that none can differ.
 """
 
-from qlx.inputs.batches import Batch, eval_batches, image_batches, pad_batch, text_batches
+from qlx.inputs.batches import (
+    Batch,
+    eval_batches,
+    image_batches,
+    keypoint_batch,
+    keypoint_batches,
+    pad_batch,
+    text_batches,
+)
 from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
+from qlx.inputs.heatmaps import find_peaks, gaussian_target, rescaled
 from qlx.inputs.images import PREPROCESSOR_FILE, ImagePreprocessor, open_image
+from qlx.inputs.keypoint_scores import DETECTED, TOLERANCE, KeypointScore
 from qlx.inputs.scoring import Score, log_softmax, negative_log_likelihood
 from qlx.inputs.splits import (
     Encoded,
     ImageSplit,
+    Loaded,
     Split,
     TextSplit,
     encode_split,
@@ -24,16 +35,23 @@ from qlx.inputs.text import (
     load_tokenizer,
     train_tokenizer,
 )
+from qlx.inputs.tracknet import ABSENT, KeypointSplit, read_clips
 
 __all__ = [
+    "ABSENT",
     "DEFAULT_TEMPLATE",
+    "DETECTED",
     "PREPROCESSOR_FILE",
     "TEMPLATE_FILE",
     "TOKENIZER_FILES",
+    "TOLERANCE",
     "Batch",
     "Encoded",
     "ImagePreprocessor",
     "ImageSplit",
+    "KeypointScore",
+    "KeypointSplit",
+    "Loaded",
     "Message",
     "Score",
     "Split",
@@ -42,14 +60,20 @@ __all__ = [
     "TextSplit",
     "encode_split",
     "eval_batches",
+    "find_peaks",
+    "gaussian_target",
     "image_batches",
+    "keypoint_batch",
+    "keypoint_batches",
     "load_split",
     "load_tokenizer",
     "log_softmax",
     "negative_log_likelihood",
     "open_image",
     "pad_batch",
+    "read_clips",
     "render_chat",
+    "rescaled",
     "split_digest",
     "text_batches",
     "train_tokenizer",

@@ -8,20 +8,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlx.inputs.images import ImagePreprocessor
+from qlx.inputs.images import ImagePreprocessor, open_image
 from qlx.inputs.splits import Encoded, ImageSplit, Split, encode_split, load_split
 from qlx.inputs.text import IGNORED, TextCodec
+from qlx.inputs.tracknet import KeypointSplit
 from qlx.recipe import DataSection
 
-__all__ = ["Batch", "eval_batches", "image_batches", "pad_batch", "text_batches"]
+__all__ = [
+    "Batch",
+    "eval_batches",
+    "image_batches",
+    "keypoint_batch",
+    "keypoint_batches",
+    "pad_batch",
+    "text_batches",
+]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Model inputs by name, and labels: int64 [n], or [n, T] with -100 where nothing is predicted."""
+    """Model inputs by name, and labels: int64 [n], or [n, T] with -100 where nothing is predicted.
+
+    Of heatmaps float32 [n, K, 5]: x, y, visibility, width and height, in pixels of the frame on disk.
+    """
 
     inputs: dict[str, NDArray[Any]]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,6 +66,25 @@ def image_batches(split: ImageSplit, preprocessor: ImagePreprocessor, size: int)
         yield Batch({"pixel_values": pixels}, split.labels[start:stop])
 
 
+def keypoint_batches(
+    split: KeypointSplit, preprocessor: ImagePreprocessor, size: int
+) -> Iterator[Batch]:
+    """Batches in the given order, decoded one at a time."""
+    for start in range(0, len(split), size):
+        yield keypoint_batch(split, preprocessor, range(start, min(start + size, len(split))))
+
+
+def keypoint_batch(
+    split: KeypointSplit, preprocessor: ImagePreprocessor, items: Sequence[int]
+) -> Batch:
+    """Some items: `pixel_values` float32 [n, 3 · frames, H, W] and labels float32 [n, K, 5]."""
+    clips = [[open_image(frame) for frame in split.frames[at]] for at in items]
+    places = split.places[list(items)]
+    sizes = np.array([clip[-1].size for clip in clips], np.float32)[:, None, :]
+    sizes = np.broadcast_to(sizes, (*places.shape[:2], 2))
+    return Batch({"pixel_values": preprocessor(clips)}, np.concatenate([places, sizes], axis=-1))
+
+
 def eval_batches(
     data: DataSection,
     directory: Path,
@@ -70,6 +101,10 @@ def eval_batches(
     loaded = load_split(data, split)
     if isinstance(loaded, ImageSplit):
         yield from image_batches(loaded, ImagePreprocessor.from_directory(directory), size)
+        return
+    if isinstance(loaded, KeypointSplit):
+        prepare = ImagePreprocessor.from_directory(directory)
+        yield from keypoint_batches(loaded, prepare, size)
         return
     codec = TextCodec.from_directory(directory)
     limit = data.eval_limit if split == "eval" else data.train_limit

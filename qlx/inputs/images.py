@@ -33,7 +33,9 @@ class ImagePreprocessor:
 
     `size` is (height, width), or one number for the shortest edge; `crop` (height, width) is cut
     from the middle after resizing. `resample` is Pillow's filter number (2 bilinear, 3 bicubic).
-    `kind` is the transformers class the file names.
+    `kind` is the transformers class the file names. A model that sees several consecutive frames at
+    once takes `frames` of them, stacked along the channels, the latest last; the field `num_frames`
+    of the file is qlx's own.
     """
 
     size: tuple[int, int] | int | None = (224, 224)
@@ -43,6 +45,7 @@ class ImagePreprocessor:
     mean: tuple[float, ...] | None = (0.5, 0.5, 0.5)
     std: tuple[float, ...] | None = (0.5, 0.5, 0.5)
     kind: str = "ViTImageProcessor"
+    frames: int = 1
 
     @classmethod
     def from_directory(cls, directory: Path) -> "ImagePreprocessor":
@@ -83,6 +86,7 @@ class ImagePreprocessor:
             mean=_channels(config["image_mean"]) if normalize else None,
             std=_channels(config["image_std"]) if normalize else None,
             kind=str(config.get("image_processor_type", "ViTImageProcessor")),
+            frames=_side(config.get("num_frames", 1)),
         )
 
     def to_bytes(self) -> bytes:
@@ -102,12 +106,27 @@ class ImagePreprocessor:
             "do_normalize": self.mean is not None,
             "image_mean": None if self.mean is None else list(self.mean),
             "image_std": None if self.std is None else list(self.std),
+            "num_frames": None if self.frames == 1 else self.frames,
         }
         return canonical_json({key: value for key, value in config.items() if value is not None})
 
     def __call__(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        """Prepare images: Pillow images, paths, or uint8 arrays [H, W, 3] or [H, W]. Returns float32 [n, 3, H, W]."""
-        return np.stack([self._one(image) for image in images])
+        """Prepare images: Pillow images, paths, or uint8 arrays [H, W, 3] or [H, W]. Returns float32 [n, 3, H, W].
+
+        For a model of several frames each item is a sequence of so many, and 3 · frames channels come
+        out; a single image stands for all of them.
+
+        Raises:
+            InputRefused: not images, or another number of frames.
+        """
+        return np.stack([self._stacked(image) for image in images])
+
+    def _stacked(self, item: Any) -> NDArray[np.float32]:
+        given = list(item) if isinstance(item, list | tuple) else [item]
+        if len(given) not in (1, self.frames):
+            raise InputRefused(f"the model sees {self.frames} frames at once, not {len(given)}")
+        ready = {id(image): self._one(image) for image in given}
+        return np.concatenate([ready[id(image)] for image in given * (self.frames // len(given))])
 
     def _one(self, image: Any) -> NDArray[np.float32]:
         picture = self._resize(_rgb(image))

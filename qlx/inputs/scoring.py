@@ -1,13 +1,17 @@
-"""Task metrics from logits and labels: accuracy of a classifier; loss, perplexity and accuracy per token."""
+"""Task metrics from logits and labels: accuracy of a classifier; loss, perplexity and accuracy per token.
+
+Those of heatmaps are counted in `keypoint_scores`.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qlx.errors import InputRefused
+from qlx.inputs.keypoint_scores import KeypointScore
 from qlx.inputs.text import IGNORED
 
 __all__ = ["Score", "log_softmax", "negative_log_likelihood"]
@@ -40,13 +44,18 @@ class Score:
     count: int = 0
     loss: float = 0.0
     correct: int = 0
+    keypoints: KeypointScore = field(default_factory=KeypointScore)
 
-    def add(self, logits: NDArray[Any], labels: NDArray[np.int64]) -> None:
-        """Count a batch: logits [n, classes] with labels [n], or [n, T, V] with [n, T].
+    def add(self, logits: NDArray[Any], labels: NDArray[Any]) -> None:
+        """Count a batch: logits [n, classes] with labels [n], [n, T, V] with [n, T], [n, K, h, w] with [n, K, 5].
 
         Labels of a language model stand at their own token's place, as transformers takes them; the
         logits at t are scored against the label at t + 1.
         """
+        if self.task == "heatmap":
+            self.keypoints.add(logits, labels)
+            self.count = self.keypoints.count
+            return
         if self.task == "causal-lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         kept = labels != IGNORED
@@ -58,13 +67,15 @@ class Score:
         self.correct += int((rows.argmax(axis=-1) == targets).sum())
 
     def metrics(self) -> dict[str, float]:
-        """`accuracy` and `loss`, or `loss`, `perplexity` and `token_accuracy`; losses in nats.
+        """`accuracy` and `loss`, or `loss`, `perplexity` and `token_accuracy` (losses in nats), or those of keypoints.
 
         Raises:
             InputRefused: nothing was counted.
         """
         if not self.count:
             raise InputRefused("the evaluation data hold nothing to predict")
+        if self.task == "heatmap":
+            return self.keypoints.metrics()
         loss, accuracy = self.loss / self.count, self.correct / self.count
         if self.task == "causal-lm":
             return {

@@ -15,11 +15,13 @@ from qlx.inputs.images import open_image
 from qlx.inputs.python_text import python_docstrings, python_sources
 from qlx.inputs.tables import read_examples
 from qlx.inputs.text import TextCodec, TextExample
+from qlx.inputs.tracknet import KeypointSplit, keypoint_split, read_clips
 from qlx.recipe import DataSection
 
 __all__ = [
     "Encoded",
     "ImageSplit",
+    "Loaded",
     "Split",
     "TextSplit",
     "encode_split",
@@ -66,7 +68,10 @@ class Encoded:
     labels: list[int]
 
 
-def load_split(data: DataSection, split: Split) -> ImageSplit | TextSplit:
+Loaded = ImageSplit | KeypointSplit | TextSplit
+
+
+def load_split(data: DataSection, split: Split) -> Loaded:
     """The examples of a split; the same data section gives the same ones in the same order.
 
     Limits apply to images here, and to texts after they became token blocks (`encode_split`).
@@ -80,13 +85,21 @@ def load_split(data: DataSection, split: Split) -> ImageSplit | TextSplit:
         return _limited(_digits_split(data, split), limit)
     if data.source == "images":
         return _limited(_folder_split(data, split), limit)
+    if data.source == "tracknet":
+        clips = read_clips(Path(data.path or ""))
+        chosen = [clips[at] for at in sorted(_indices(len(clips), data, split))]
+        return keypoint_split(chosen, data.frames, data.sigma, limit)
     return TextSplit(_part(_texts(data), data, split))
 
 
-def split_digest(split: ImageSplit | TextSplit) -> str:
+def split_digest(split: Loaded) -> str:
     """`sha256:…` over the content of a split, so that lineage can name the data."""
     digest = hashlib.sha256()
-    if isinstance(split, ImageSplit):
+    if isinstance(split, KeypointSplit):
+        digest.update(repr(split.names).encode() + split.places.tobytes())
+        for item in split.frames:
+            digest.update(item[-1].read_bytes())
+    elif isinstance(split, ImageSplit):
         digest.update(repr(split.classes).encode() + split.labels.tobytes())
         for image in split.images:
             digest.update(

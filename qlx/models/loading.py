@@ -18,7 +18,7 @@ from qlx.checkpoint import (
     resolve_source,
 )
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, require
-from qlx.models.architectures import CONFIG_FILE, Labels, auto_class, read_config
+from qlx.models.architectures import CONFIG_FILE, Labels, auto_class, quiet_head, read_config
 from qlx.models.coded import load_codes, stored_codes, without_report
 from qlx.models.names import tensor_names
 from qlx.quant import (
@@ -107,6 +107,8 @@ def load_base(
     _check_loaded(
         source_path, info, coded, head_may_differ=new_head is not None or config_from is not None
     )
+    if new_head is not None and task == "heatmap":
+        quiet_head(model)
     if theirs or on_load:
         _guard(model, quant)
     elif stored is None and quant is not None and quant.quantized:
@@ -235,7 +237,7 @@ def _check_loaded(
     wrong = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     wrong -= {f"{module}.weight" for module in coded}
     if head_may_differ:
-        wrong = {name for name in wrong if not name.startswith(("classifier.", "score."))}
+        wrong = {name for name in wrong if not name.startswith(("classifier.", "score.", "head."))}
     if wrong:
         raise InputRefused(
             f"{path}: tensor {min(wrong)!r} ({len(wrong)} in all) is missing or of another shape, so the model would "

@@ -14,13 +14,17 @@ from qlx.errors import InputRefused
 __all__ = ["TorchPredictor", "forward_logits"]
 
 _ROWS = 16
-_INPUTS = {"image-classification": ("pixel_values",), "causal-lm": ("input_ids", "attention_mask")}
+_INPUTS = {
+    "image-classification": ("pixel_values",),
+    "heatmap": ("pixel_values",),
+    "causal-lm": ("input_ids", "attention_mask"),
+}
 
 
 def forward_logits(
     model: nn.Module, task: Task, inputs: Mapping[str, NDArray[Any]]
 ) -> NDArray[np.float32]:
-    """Logits float32 [n, classes] or [n, T, vocabulary], at most 16 rows at a time, in eval mode.
+    """Logits float32 [n, classes], [n, T, vocabulary] or [n, K, h, w], at most 16 rows at a time, in eval mode.
 
     The model is left in the mode (training or evaluation) it was in.
 
@@ -45,7 +49,9 @@ def forward_logits(
                     name: _tensor(model, inputs[name][start : start + _ROWS], device)
                     for name in names
                 }
-                pieces.append(model(**batch, **options).logits.float().cpu().numpy())
+                result = model(**batch, **options)
+                logits = result.heatmaps if task == "heatmap" else result.logits
+                pieces.append(logits.float().cpu().numpy())
     finally:
         model.train(was_training)
     return np.concatenate(pieces)

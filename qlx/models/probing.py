@@ -11,6 +11,7 @@ from torch import nn
 
 from qlx.checkpoint import Probe, Task
 from qlx.inputs import Batch, Encoded, pad_batch
+from qlx.models.architectures import image_shape
 from qlx.models.loading import computing_in
 from qlx.models.predict import forward_logits
 
@@ -26,7 +27,7 @@ def make_probe(
     model: nn.Module,
     task: Task,
     inputs: Mapping[str, NDArray[Any]],
-    labels: NDArray[np.int64] | None,
+    labels: NDArray[Any] | None,
     has_adapter: bool,
 ) -> Probe:
     """Run the model as training left it, then in fp32, with and without its adapter.
@@ -99,12 +100,9 @@ def synthetic_inputs(
     differently in each row.
     """
     random = np.random.default_rng(0)
-    if task == "image-classification":
-        side = config.image_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return {
-            "pixel_values": random.standard_normal((count, 3, height, width)).astype(np.float32)
-        }
+    if task != "causal-lm":
+        shape = (count, *image_shape(config))
+        return {"pixel_values": random.standard_normal(shape).astype(np.float32)}
     items = [
         _random_text(random, config.vocab_size, length - at % (length // 2)) for at in range(count)
     ]

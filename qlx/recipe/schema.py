@@ -26,6 +26,11 @@ Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 _BLOCKED = ("nf4", "fp4")
+_BUILT: dict[Task, str] = {
+    "image-classification": "vit",
+    "heatmap": "vitpose",
+    "causal-lm": "llama",
+}
 
 
 class _Section(BaseModel):
@@ -35,15 +40,19 @@ class _Section(BaseModel):
 
 
 class ArchitectureSection(_Section):
-    """A model built from nothing: for pretraining a small base. Widths must be multiples of 64 to be packed."""
+    """A model built from nothing: for pretraining a small base. Widths must be multiples of 64 to be packed.
 
-    model_type: Literal["vit", "llama"]
+    `image_size` is one side, or [height, width]. `vitpose` makes heatmaps with four cells to a side of a
+    patch; its patches are at least 5 pixels wide, and its `intermediate_size` is a multiple of `hidden_size`.
+    """
+
+    model_type: Literal["vit", "vitpose", "llama"]
     hidden_size: Positive = 128
     layers: Positive = 4
     heads: Positive = 4
     kv_heads: Positive | None = None
     intermediate_size: Positive = 256
-    image_size: Positive = 16
+    image_size: Positive | tuple[Positive, Positive] = 16
     patch_size: Positive = 4
     vocab_size: Positive = 2048
     max_length: Positive = 256
@@ -56,11 +65,31 @@ class ArchitectureSection(_Section):
             )
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.model_type == "vit" and self.image_size % self.patch_size:
+        if self.model_type != "llama" and any(side % self.patch_size for side in self.image_shape):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fits_vitpose(self) -> Self:
+        if self.model_type == "vitpose" and self.patch_size < 5:
+            raise ValueError(
+                f"patch_size {self.patch_size} is too small: vitpose pads images by 2 pixels on each side, "
+                "which would make one patch too many below 5"
+            )
+        if self.model_type == "vitpose" and self.intermediate_size % self.hidden_size:
+            raise ValueError(
+                f"intermediate_size {self.intermediate_size} is not a multiple of hidden_size "
+                f"{self.hidden_size}, as vitpose needs it"
+            )
+        return self
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        size = self.image_size
+        return size if isinstance(size, tuple) else (size, size)
 
 
 class BaseSection(_Section):
@@ -83,33 +112,42 @@ class DataSection(_Section):
 
     Built in: `digits` (scikit-learn), `python-text` and `python-docstrings` (the running Python's own
     standard library). Yours, with `path`: `images` (a directory with one directory per class), `text`
-    (jsonl, csv or parquet with prompt/completion, messages or text columns).
+    (jsonl, csv or parquet with prompt/completion, messages or text columns), `tracknet` (video frames with the
+    place of a ball, `game*/Clip*/Label.csv`; held out clip by clip).
+
+    For `tracknet`: `frames` is how many consecutive frames the model sees, the labelled one last; `sigma` the
+    standard deviation of the Gaussian it learns, in cells of the heatmap.
     """
 
-    source: Literal["digits", "python-text", "python-docstrings", "images", "text"]
+    source: Literal["digits", "python-text", "python-docstrings", "images", "text", "tracknet"]
     path: str | None = None
     variant: Literal["plain", "shifted"] = "plain"
     train_limit: Positive | None = None
     eval_limit: Positive | None = None
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_length: Positive = 128
+    frames: Literal[1, 3] = 1
+    sigma: Annotated[float, Field(gt=0, le=16)] = 1.0
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _path_given(self) -> Self:
-        if (self.path is not None) != (self.source in ("images", "text")):
+        if (self.path is not None) != (self.source in ("images", "text", "tracknet")):
             raise ValueError(
                 f"source {self.source!r} {'takes no' if self.path is not None else 'needs a'} path"
             )
         if self.variant != "plain" and self.source != "digits":
             raise ValueError("variant is for source 'digits' only")
+        if (self.frames, self.sigma) != (1, 1.0) and self.source != "tracknet":
+            raise ValueError("frames and sigma are for source 'tracknet' only")
         return self
 
     @property
     def task(self) -> Task:
         """The task that these examples are for."""
-        vision = self.source in ("digits", "images")
-        return "image-classification" if vision else "causal-lm"
+        vision: dict[str, Task] = {"tracknet": "heatmap", "digits": "image-classification"}
+        vision["images"] = "image-classification"
+        return vision.get(self.source, "causal-lm")
 
 
 class AdapterSection(_Section):
@@ -243,9 +281,14 @@ class Recipe(_Section):
             raise ValueError(
                 "an adapter needs a pretrained base; give base.path instead of base.from_scratch"
             )
-        vision = self.data.source in ("digits", "images")
-        if vision != (self.task == "image-classification"):
+        if self.data.task != self.task:
             raise ValueError(f"data.source {self.data.source!r} does not fit task {self.task!r}")
+        scratch = self.base.from_scratch
+        if scratch is not None and scratch.model_type != _BUILT[self.task]:
+            raise ValueError(
+                f"base.from_scratch.model_type for task {self.task!r} is {_BUILT[self.task]!r}, "
+                f"not {scratch.model_type!r}"
+            )
         return self
 
     @property

@@ -33,17 +33,17 @@ class OnnxPredictor:
         """Logits for a batch.
 
         Args:
-            inputs: `pixel_values` float32 [n, 3, H, W]; or `input_ids` int64 [n, T] and, if anything is
+            inputs: `pixel_values` float32 [n, 3 · frames, H, W]; or `input_ids` int64 [n, T] and, if anything is
                 padded, `attention_mask` int64 [n, T] (padding on either side).
 
         Returns:
-            float32 [n, classes], or [n, T, vocabulary] (meaningless where the mask is 0).
+            float32 [n, classes], [n, K, h, w], or [n, T, vocabulary] (meaningless where the mask is 0).
 
         Raises:
             InputRefused: an input is missing or has the wrong shape.
         """
-        if self.model.task == "image-classification":
-            return self._classify(_named(inputs, "pixel_values", 4))
+        if self.model.task != "causal-lm":
+            return self._look(_named(inputs, "pixel_values", 4))
         tokens = _named(inputs, "input_ids", 2)
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape != tokens.shape:
@@ -52,15 +52,16 @@ class OnnxPredictor:
             )
         return CausalDecoder(self.model, tokens.shape[0]).feed(tokens, mask)
 
-    def _classify(self, pixels: Array) -> Array:
+    def _look(self, pixels: Array) -> Array:
         wanted = self.model.shapes["pixel_values"][1:]
         if list(pixels.shape[1:]) != wanted:
             raise InputRefused(
                 f"pixel_values has shape {pixels.shape}, the model takes [n, "
                 f"{', '.join(map(str, wanted))}]"
             )
+        name = "heatmaps" if self.model.task == "heatmap" else "logits"
         (logits,) = self.model.session.run(
-            ["logits"], {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
+            [name], {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
         )
         return np.asarray(logits, np.float32)
 

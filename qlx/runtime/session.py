@@ -33,7 +33,7 @@ class OnnxModel:
 
     @property
     def task(self) -> str:
-        """`image-classification` or `causal-lm`."""
+        """`image-classification`, `heatmap` or `causal-lm`."""
         return self.checkpoint.manifest.task
 
     @property

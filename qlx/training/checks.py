@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from qlx.checkpoint import Source, hub_name, resolve_source
-from qlx.errors import Unsupported, require
-from qlx.inputs import ImagePreprocessor, ImageSplit, TextCodec, TextSplit, load_split
+from qlx.errors import require
+from qlx.inputs import ImagePreprocessor, ImageSplit, KeypointSplit, Loaded, TextCodec, load_split
 from qlx.models import (
     Labels,
+    auto_class,
     build_config,
+    config_from_vit,
     empty_model,
     read_config,
     stored_codes,
     tensor_names,
 )
 from qlx.recipe import Recipe
-from qlx.training.job import base_quantization, new_head, quant_spec
+from qlx.training.job import base_quantization, new_head, quant_spec, starts_from_vit
 from qlx.training.tags import tag_of
 from qlx.weights import open_weights
 
@@ -103,7 +105,7 @@ def _local_base(recipe: Recipe) -> Source | None:
     return Source(Path(cached).parent, repo, revision) if isinstance(cached, str) else None
 
 
-def _check_model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSplit) -> _Findings:
+def _check_model(recipe: Recipe, base: Path | None, train: Loaded) -> _Findings:
     """What becomes of the recipe's architecture, on a model without memory."""
     from qlx.adapters import adapted_modules, attach_adapter, parameter_counts
     from qlx.quant import eligible_modules
@@ -125,23 +127,23 @@ def _check_model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSpli
     return _Findings(adapted, quantized, *parameter_counts(model))
 
 
-def _model(recipe: Recipe, base: Path | None, train: ImageSplit | TextSplit) -> Any:
+def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
     """The recipe's architecture on torch's meta device; a base's preprocessing files are read, too."""
     import torch
 
     labels = Labels(train.classes) if isinstance(train, ImageSplit) else None
+    if isinstance(train, KeypointSplit):
+        labels = Labels(train.names)
+    config, frames = None, recipe.data.frames
     if base is None:
         assert recipe.base.from_scratch is not None
-        if recipe.base.from_scratch.model_type not in ("vit", "llama"):
-            raise Unsupported(
-                f"base.from_scratch: {recipe.base.from_scratch.model_type!r} cannot be built"
-            )
-        from qlx.models import auto_class
-
+        config = build_config(recipe.base.from_scratch, labels=labels, frames=frames)
+    elif labels is not None and starts_from_vit(recipe, base):
+        config = config_from_vit(base, labels, frames)
+    if config is not None:
         with torch.device("meta"):
-            return auto_class(recipe.task).from_config(
-                build_config(recipe.base.from_scratch, labels=labels)
-            )
+            return auto_class(recipe.task).from_config(config)
+    assert base is not None
     read_config(base, recipe.task)
     if labels is None:
         TextCodec.from_directory(base)

@@ -15,18 +15,20 @@ from qlx.models import (
     Labels,
     build_config,
     build_model,
+    is_plain_vit,
     load_base,
     read_config,
     stored_codes,
     tensor_names,
     torch_float,
+    vitpose_from_vit,
     with_quantized_names,
 )
 from qlx.quant import SCALE_DTYPE
 from qlx.recipe import QuantizationSection, Recipe
 from qlx.training.material import (
     GENERATION_FILE,
-    ImageMaterial,
+    KeypointMaterial,
     Material,
     TextMaterial,
     load_material,
@@ -34,7 +36,7 @@ from qlx.training.material import (
 from qlx.training.progress import Reporter
 from qlx.training.trainable import require_only_adapter
 
-__all__ = ["Job", "new_head", "prepare", "quant_spec"]
+__all__ = ["Job", "new_head", "prepare", "quant_spec", "starts_from_vit"]
 
 
 @dataclass
@@ -125,8 +127,8 @@ def prepare(recipe: Recipe, work: Path, report: Reporter) -> Job:
 def _from_scratch(recipe: Recipe, material: Material) -> Job:
     section = recipe.base.from_scratch
     assert section is not None
-    if isinstance(material, ImageMaterial):
-        config = build_config(section, labels=material.labels)
+    if not isinstance(material, TextMaterial):
+        config = build_config(section, labels=material.labels, frames=recipe.data.frames)
     else:
         codec = material.codec
         special = {
@@ -150,7 +152,9 @@ def _from_scratch(recipe: Recipe, material: Material) -> Job:
 
 
 def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
-    labels = material.labels if isinstance(material, ImageMaterial) else None
+    if isinstance(material, KeypointMaterial) and starts_from_vit(recipe, source.path):
+        return _from_plain_vit(recipe, material, source)
+    labels = None if isinstance(material, TextMaterial) else material.labels
     head = None if labels is None else new_head(recipe, labels, source.path)
     quantization = base_quantization(recipe, source.path)
     model = load_base(
@@ -172,6 +176,30 @@ def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
         model = _adapted(model, recipe)
         require_only_adapter(model, recipe.adapter)
     return Job(recipe, model, material, source, quantization, names, config)
+
+
+def starts_from_vit(recipe: Recipe, base: Path) -> bool:
+    """Whether a heatmap model is to begin as a plain ViT.
+
+    Raises:
+        Unsupported: it would get an adapter, whose base would exist nowhere.
+    """
+    if recipe.task != "heatmap" or not is_plain_vit(base):
+        return False
+    if recipe.adapter is not None:
+        raise Unsupported(
+            f"{base}: a plain ViT makes no heatmaps, so an adapter for them has no base here; first train all weights "
+            "from it (the same recipe without the sections adapter and quantization), then give that run as base.path"
+        )
+    return True
+
+
+def _from_plain_vit(recipe: Recipe, material: KeypointMaterial, source: Source) -> Job:
+    model = vitpose_from_vit(
+        source.path, material.labels, recipe.data.frames, seed=recipe.training.seed
+    )
+    names, config = tensor_names(model), _config_bytes(model)
+    return Job(recipe, model, material, source, quant_spec(None, "float32"), names, config)
 
 
 def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -197,17 +225,18 @@ def new_head(recipe: Recipe, labels: Labels, base: Path) -> Labels | None:
     """The data's classes where they are not the base's own; then a new head has to be trained.
 
     Raises:
-        Unsupported: the classes differ, and the adapter does not train the classifier.
+        Unsupported: the classes differ, and the adapter does not train the head.
     """
     config = read_config(base, recipe.task)
     known = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     names = tuple(str(known[key]) for key in sorted(known, key=int))
     if names == labels.names:
         return None
-    if recipe.adapter is not None and "classifier" not in recipe.adapter.modules_to_save:
+    head = "head" if recipe.task == "heatmap" else "classifier"
+    if recipe.adapter is not None and head not in recipe.adapter.modules_to_save:
         raise Unsupported(
             f"the base tells {len(names)} other classes apart than the data's {len(labels.names)}; "
-            "add adapter.modules_to_save: [classifier], so that a new head is trained"
+            f"add adapter.modules_to_save: [{head}], so that a new head is trained"
         )
     return labels
 

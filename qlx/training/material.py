@@ -1,11 +1,11 @@
 """What a training reads: examples prepared for the model, and the files that go with the result."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlx.errors import require
+from qlx.errors import Mismatch, require
 from qlx.inputs import (
     PREPROCESSOR_FILE,
     TEMPLATE_FILE,
@@ -14,21 +14,31 @@ from qlx.inputs import (
     Encoded,
     ImagePreprocessor,
     ImageSplit,
+    KeypointSplit,
     TextCodec,
     TextSplit,
     encode_split,
     image_batches,
+    keypoint_batch,
+    keypoint_batches,
     load_split,
     split_digest,
     text_batches,
     train_tokenizer,
 )
-from qlx.models import Labels, probe_texts
+from qlx.models import Labels, image_shape, is_plain_vit, model_config, probe_texts
 from qlx.recipe import Recipe
 
 GENERATION_FILE = "generation_config.json"
 
-__all__ = ["GENERATION_FILE", "ImageMaterial", "Material", "TextMaterial", "load_material"]
+__all__ = [
+    "GENERATION_FILE",
+    "ImageMaterial",
+    "KeypointMaterial",
+    "Material",
+    "TextMaterial",
+    "load_material",
+]
 
 _EVAL_ROWS = 32
 
@@ -60,6 +70,41 @@ class ImageMaterial:
     def probe(self, recipe: Recipe) -> Batch:
         """The first held-out images."""
         return next(image_batches(self.evaluation, self.preprocessor, recipe.probe.count))
+
+
+@dataclass(frozen=True)
+class KeypointMaterial:
+    """Frames with places for a heatmap model. `files` are the preprocessing files of the result, by name."""
+
+    train: KeypointSplit
+    evaluation: KeypointSplit
+    preprocessor: ImagePreprocessor
+    files: dict[str, bytes]
+    digest: str
+
+    @property
+    def labels(self) -> Labels:
+        """The keypoints of the data."""
+        return Labels(self.train.names)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Number of examples to train on and held out."""
+        return len(self.train), len(self.evaluation)
+
+    def batches(self) -> Iterator[Batch]:
+        """The held-out examples."""
+        return keypoint_batches(self.evaluation, self.preprocessor, _EVAL_ROWS)
+
+    def probe_items(self, count: int) -> list[int]:
+        """The held-out examples that a probe keeps: spread over the clips, as neighbours are alike."""
+        last = len(self.evaluation) - 1
+        return sorted({round(at * last / (count - 1)) for at in range(count)})
+
+    def probe(self, recipe: Recipe) -> Batch:
+        """The examples of `probe_items`."""
+        items = self.probe_items(recipe.probe.count)
+        return keypoint_batch(self.evaluation, self.preprocessor, items)
 
 
 @dataclass(frozen=True)
@@ -103,7 +148,7 @@ class TextMaterial:
         )
 
 
-Material = ImageMaterial | TextMaterial
+Material = ImageMaterial | KeypointMaterial | TextMaterial
 
 
 def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
@@ -114,6 +159,10 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
     """
     train, evaluation = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
     digest = split_digest(train)
+    if isinstance(train, KeypointSplit) and isinstance(evaluation, KeypointSplit):
+        preprocessor = _frame_preprocessor(recipe, base)
+        files = {PREPROCESSOR_FILE: preprocessor.to_bytes()}
+        return KeypointMaterial(train, evaluation, preprocessor, files, digest)
     if isinstance(train, ImageSplit) and isinstance(evaluation, ImageSplit):
         preprocessor = _preprocessor(recipe, base)
         files = {
@@ -146,7 +195,34 @@ def _preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
         return ImagePreprocessor.from_directory(base)
     section = recipe.base.from_scratch
     assert section is not None
-    return ImagePreprocessor(size=(section.image_size, section.image_size))
+    return ImagePreprocessor(size=section.image_shape)
+
+
+def _frame_preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
+    """Whole frames resized to the model's size, with the base's colours.
+
+    ViTPose's own preprocessing cuts a person out of the image by a box; there is none here.
+
+    Raises:
+        Mismatch: the base sees another number of frames at once than the recipe gives it.
+    """
+    if base is None:
+        return replace(_preprocessor(recipe, base), frames=recipe.data.frames)
+    known = ImagePreprocessor.from_directory(base)
+    plain = is_plain_vit(base)
+    config = model_config(base, "image-classification" if plain else "heatmap")
+    channels, height, width = image_shape(config)
+    if not plain and channels != 3 * recipe.data.frames:
+        raise Mismatch(
+            f"{base}: sees {channels // 3} frames at once, data.frames is {recipe.data.frames}; they must agree"
+        )
+    return replace(
+        known,
+        size=(height, width),
+        crop=None,
+        kind=ImagePreprocessor.kind,
+        frames=recipe.data.frames,
+    )
 
 
 def _tokenizer_files(recipe: Recipe, base: Path | None, train: TextSplit) -> dict[str, bytes]:

@@ -20,13 +20,19 @@ REPORT_FILE = "report.html"
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out input and the answers to it; `picture` are the bytes of a PNG, `text` a prompt."""
+    """One held-out input and the answers to it; `picture` are the bytes of a PNG, `text` a prompt.
+
+    `right` says whether the answers before and after count as right; without it they do if they are the expected
+    text. `drawn` is for a picture with the answers in it, which is shown large.
+    """
 
     expected: str
     before: str
     after: str
     text: str = ""
     picture: bytes = b""
+    right: tuple[bool, bool] | None = None
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,9 @@ table{border-collapse:collapse;margin:.5rem 0 1.5rem}
 td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}img.curve{max-width:100%}
 img.sample{width:72px;height:72px;image-rendering:pixelated}code{background:#f4f4f4;padding:0 .2rem}
-.bad{color:#a33}.good{color:#27713a}
+.bad{color:#a33}.good{color:#27713a}img.drawn{width:420px;max-width:60vw}
 """
+_LEGEND = "Green circle: where it is. Orange cross: found with the adapter off. Pink cross: found after training."
 
 
 def _page(summary: RunSummary, curve: bytes) -> str:
@@ -146,20 +153,22 @@ def _parameters(table: ParameterTable) -> str:
 
 
 def _samples(samples: Sequence[Sample]) -> str:
-    return _table(("input", "expected", "before", "after"), (_sample(sample) for sample in samples))
+    legend = f"<p>{_LEGEND}</p>" if any(sample.drawn for sample in samples) else ""
+    rows = (_sample(sample) for sample in samples)
+    return legend + _table(("input", "expected", "before", "after"), rows)
 
 
 def _sample(sample: Sample) -> tuple[str, str, str, str]:
     shown = (
-        f'<img class="sample" alt="" src="{_png(sample.picture)}">'
+        f'<img class="{"drawn" if sample.drawn else "sample"}" alt="" src="{_png(sample.picture)}">'
         if sample.picture
         else escape(sample.text)
     )
-    marks = (
-        "good" if answer == sample.expected else "bad" for answer in (sample.before, sample.after)
-    )
+    answers = sample.before, sample.after
+    right = sample.right or tuple(answer == sample.expected for answer in answers)
+    marks = ("good" if good else "bad" for good in right)
     before, after = (
         f'<span class="{mark}">{escape(answer)}</span>'
-        for mark, answer in zip(marks, (sample.before, sample.after), strict=True)
+        for mark, answer in zip(marks, answers, strict=True)
     )
     return shown, escape(sample.expected), before, after

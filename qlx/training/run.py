@@ -30,10 +30,11 @@ from qlx.checkpoint import (
 )
 from qlx.errors import CheckFailed, UsageError, require
 from qlx.inputs import Score
-from qlx.models import CONFIG_FILE, forward_logits, load_model, make_probe
+from qlx.models import CONFIG_FILE, forward_logits, heatmap_grid, load_model, make_probe
 from qlx.recipe import Recipe
+from qlx.training.heatmaps import HeatmapDataset
 from qlx.training.job import Job, prepare
-from qlx.training.material import ImageMaterial, Material
+from qlx.training.material import ImageMaterial, KeypointMaterial
 from qlx.training.progress import (
     METRICS_FILE,
     Reporter,
@@ -42,11 +43,11 @@ from qlx.training.progress import (
     read_metrics,
 )
 from qlx.training.report import RunSummary, Sample, write_report
-from qlx.training.samples import image_samples, text_samples
+from qlx.training.samples import image_samples, keypoint_samples, text_samples
 from qlx.training.state import TRAINER_STATE_FILE, open_state, require_recipe, save_optimizer
 from qlx.training.tags import tag_of
 from qlx.training.trainable import parameter_table
-from qlx.training.trainers import ImageDataset, image_trainer, text_trainer
+from qlx.training.trainers import ImageDataset, heatmap_trainer, image_trainer, text_trainer
 from qlx.weights import SINGLE_FILE, write_tensors
 
 __all__ = ["RECIPE_FILE", "interrupted_at", "train"]
@@ -165,6 +166,10 @@ def _trainer(job: Job, work: Path) -> Any:
         trainer = image_trainer(
             job.model, ImageDataset(material.train, material.preprocessor), section, work
         )
+    elif isinstance(material, KeypointMaterial):
+        config: Any = job.model.config
+        dataset = HeatmapDataset(material.train, material.preprocessor, heatmap_grid(config))
+        trainer = heatmap_trainer(job.model, dataset, section, work)
     else:
         tokenizer = material.fast_tokenizer(work)
         trainer = text_trainer(
@@ -254,12 +259,17 @@ def _read_back(staged: Checkpoint, job: Job, probe: Probe) -> tuple[ProbeResult,
         )
     metrics = {"max_abs": difference, "relative_max": relative}
     result = ProbeResult(step="train", against="reference", metrics=metrics, passed=True)
-    return result, _samples(model, job.material, probe)
+    return result, _samples(model, job, probe)
 
 
-def _samples(model: Any, material: Material, probe: Probe) -> list[Sample]:
+def _samples(model: Any, job: Job, probe: Probe) -> list[Sample]:
+    material = job.material
     if isinstance(material, ImageMaterial):
         return image_samples(material.evaluation, probe)
+    if isinstance(material, KeypointMaterial):
+        return keypoint_samples(
+            material.evaluation, material.probe_items(job.recipe.probe.count), probe
+        )
     return text_samples(model, material.codec, material.examples)
 
 

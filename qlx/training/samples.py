@@ -1,6 +1,9 @@
 """Held-out inputs with the answers before and after training, for the report."""
 
 import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +12,28 @@ from torch import nn
 
 from qlx.checkpoint import Probe
 from qlx.errors import require
-from qlx.inputs import ImageSplit, TextCodec, TextSplit, open_image
+from qlx.inputs import (
+    ABSENT,
+    DETECTED,
+    TOLERANCE,
+    ImageSplit,
+    KeypointSplit,
+    TextCodec,
+    TextSplit,
+    find_peaks,
+    open_image,
+    rescaled,
+)
 from qlx.training.report import Sample
 
-__all__ = ["greedy", "image_samples", "text_samples"]
+__all__ = ["greedy", "image_samples", "keypoint_samples", "text_samples"]
 
 _IMAGES = 12
 _TEXTS = 6
 _NEW_TOKENS = 32
 _SIDE = 160
+_WIDE = 420
+_TRUE, _BEFORE, _AFTER = "#30e070", "#ffb000", "#ff2fd0"
 
 
 def image_samples(split: ImageSplit, probe: Probe) -> list[Sample]:
@@ -37,6 +53,83 @@ def image_samples(split: ImageSplit, probe: Probe) -> list[Sample]:
         )
         for at in range(min(_IMAGES, len(after)))
     ]
+
+
+def keypoint_samples(split: KeypointSplit, items: Sequence[int], probe: Probe) -> list[Sample]:
+    """The probe's frames with the true place (circle) and the model's (crosses), its adapter off and on."""
+    assert probe.labels is not None
+    answers = [None if probe.base is None else _found(probe.base, probe), _found(probe.reference, probe)]
+    samples = []
+    for row, at in list(enumerate(items))[:_IMAGES]:
+        true = [tuple(label[:2]) if label[2] != ABSENT else None for label in probe.labels[row]]
+        before, after = (None if places is None else places[row] for places in answers)
+        samples.append(
+            Sample(
+                expected=_places(true),
+                before="" if before is None else _places(before, true),
+                after=_places(after or [], true),
+                picture=_overlay(split.frames[at][-1], true, before or [], after or []),
+                right=(_near(before or [], true), _near(after or [], true)),
+                drawn=True,
+            )
+        )
+    return samples
+
+
+Place = tuple[float, float] | None
+
+
+def _found(logits: Any, probe: Probe) -> list[list[Place]]:
+    """Places in pixels of the frame for each row and keypoint, None where nothing is detected."""
+    assert probe.labels is not None
+    cells, scores = find_peaks(logits)
+    grid = np.array([logits.shape[-1], logits.shape[-2]])
+    places = rescaled(cells, grid, probe.labels[..., 3:5])
+    return [
+        [(float(x), float(y)) if score >= DETECTED else None for (x, y), score in zip(*row, strict=True)]
+        for row in zip(places, scores, strict=True)
+    ]
+
+
+def _near(found: Sequence[Place], true: Sequence[Place]) -> bool:
+    """Whether every keypoint is found within the tolerance, and none that is not there."""
+    pairs = list(zip(found, true, strict=False))
+    return len(pairs) == len(true) and all(
+        place is wanted is None or (place and wanted and math.dist(place, wanted) <= TOLERANCE)
+        for place, wanted in pairs
+    )
+
+
+def _places(found: Sequence[Place], true: Sequence[Place] = ()) -> str:
+    """Places as text, with their distance from the true ones where both are known."""
+    words = []
+    for at, place in enumerate(found):
+        wanted = true[at] if true else None
+        away = f" ({math.dist(place, wanted):.1f} px off)" if place and wanted else ""
+        words.append(f"{place[0]:.1f}, {place[1]:.1f}{away}" if place else "none")
+    return "; ".join(words)
+
+
+def _overlay(
+    file: Path, true: Sequence[Place], before: Sequence[Place], after: Sequence[Place]
+) -> bytes:
+    """The frame as a PNG: a circle around what is true, crosses over what was and is found."""
+    draw = require("PIL.ImageDraw", "train")
+    picture = open_image(file)
+    scale = _WIDE / picture.width
+    picture = picture.resize((_WIDE, round(picture.height * scale)))
+    pen = draw.Draw(picture)
+    for colour, places, mark in ((_TRUE, true, "o"), (_BEFORE, before, "x"), (_AFTER, after, "x")):
+        for place in filter(None, places):
+            x, y = ((value + 0.5) * scale for value in place)
+            if mark == "o":
+                pen.ellipse((x - 9, y - 9, x + 9, y + 9), outline=colour, width=2)
+            else:
+                pen.line((x - 6, y - 6, x + 6, y + 6), fill=colour, width=2)
+                pen.line((x - 6, y + 6, x + 6, y - 6), fill=colour, width=2)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _thumbnail(image: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer for images, TRL's SFTTrainer for text, made resumable and strict.
+"""The training loop: transformers' Trainer for images and heatmaps, TRL's SFTTrainer for text, made resumable and strict.
 
 Both keep their own arithmetic. What is replaced: the order of the data (a function of seed and
 epoch), what is saved (no pickle), and what happens on a loss that is no number (it stops).
@@ -16,10 +16,18 @@ from qlx.checkpoint import Task
 from qlx.errors import CheckFailed, require
 from qlx.inputs import Encoded, ImagePreprocessor, ImageSplit
 from qlx.recipe import TrainingSection
+from qlx.training.heatmaps import HeatmapDataset, focal_loss
 from qlx.training.state import load_optimizer, load_random, load_trained, save_state
 from qlx.training.trainable import require_in_optimizer
 
-__all__ = ["EpochSampler", "ImageDataset", "StrictTrainer", "image_trainer", "text_trainer"]
+__all__ = [
+    "EpochSampler",
+    "ImageDataset",
+    "StrictTrainer",
+    "heatmap_trainer",
+    "image_trainer",
+    "text_trainer",
+]
 
 
 class EpochSampler(Sampler[int]):
@@ -176,6 +184,24 @@ def image_trainer(model: Any, dataset: ImageDataset, section: TrainingSection, w
 
     arguments = transformers.TrainingArguments(**_arguments(section, work))
     return _quiet(ImageTrainer(model=model, args=arguments, train_dataset=dataset))
+
+
+def heatmap_trainer(
+    model: Any, dataset: HeatmapDataset, section: TrainingSection, work: Path
+) -> Any:
+    """A transformers Trainer for a heatmap model, which has no loss of its own."""
+    transformers = require("transformers", "train")
+
+    class HeatmapTrainer(StrictTrainer, transformers.Trainer):  # type: ignore[name-defined,misc]
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+        ) -> Any:
+            outputs = model(pixel_values=inputs["pixel_values"])
+            loss = focal_loss(outputs.heatmaps, inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    arguments = transformers.TrainingArguments(**_arguments(section, work))
+    return _quiet(HeatmapTrainer(model=model, args=arguments, train_dataset=dataset))
 
 
 def text_trainer(

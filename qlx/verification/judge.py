@@ -25,7 +25,7 @@ __all__ = [
     "verify_outputs",
 ]
 
-_ACCURACIES = ("accuracy", "token_accuracy")
+_ACCURACIES = ("accuracy", "token_accuracy", "f1")
 
 
 def verify_outputs(
@@ -77,7 +77,7 @@ def probe_scores(probe: Probe, outputs: Array) -> dict[str, float]:
 def score_changes(
     reference: Mapping[str, float], candidate: Mapping[str, float]
 ) -> dict[str, float]:
-    """`score_drop` (of accuracy, or accuracy per token) and `loss_rise` (nats); empty if unknown."""
+    """`score_drop` (of accuracy, accuracy per token, or F1) and `loss_rise` (nats); empty if unknown."""
     changes = {}
     for name in _ACCURACIES:
         if name in reference and name in candidate:

@@ -1,7 +1,9 @@
 """How far two sets of outputs lie apart. Numbers only: what is allowed lives in `thresholds`.
 
 Outputs are logits, `[n, classes]` or `[n, T, vocabulary]`, any float dtype; a mask `[n, T]` (or
-`[n]`) leaves out the positions that are padding. Everything is computed in float64, in blocks of
+`[n]`) leaves out the positions that are padding. Heatmaps `[n, K, h, w]` are a position for each
+of the K keypoints and a class for each cell: softmax is taken over the cells, KL is between the
+places where each model expects the keypoint, and the arg max is the peak's cell. Everything is computed in float64, in blocks of
 rows, so that a large vocabulary needs no second copy of the logits.
 """
 
@@ -176,13 +178,15 @@ def _ratio(error: float, norm: float) -> float:
 
 
 def rows_of(logits: Array, mask: Array | None, what: str, like: Array | None = None) -> Array:
-    """The logits as rows `[positions, C]`, those where `mask` is set.
+    """The logits as rows `[positions, C]`, those where `mask` is set; a heatmap is one row of its cells.
 
     Raises:
         Mismatch: the shape is not that of `like` or does not fit the mask, or no position is left.
     """
     if like is not None and logits.shape != like.shape:
         raise Mismatch(f"{what} has outputs of shape {logits.shape}, the reference {like.shape}")
+    if logits.ndim == 4:
+        logits = logits.reshape(*logits.shape[:2], -1)
     if mask is not None:
         if mask.shape != logits.shape[:-1]:
             raise Mismatch(

@@ -1,0 +1,60 @@
+"""Training of heatmaps: the examples with their targets, and the loss."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from qlx.inputs import (
+    ABSENT,
+    ImagePreprocessor,
+    KeypointSplit,
+    gaussian_target,
+    keypoint_batch,
+    rescaled,
+)
+
+__all__ = ["HeatmapDataset", "focal_loss"]
+
+
+class HeatmapDataset(Dataset[dict[str, Any]]):
+    """Frames prepared, and their targets drawn, when they are asked for; `grid` is (height, width) in cells."""
+
+    def __init__(
+        self, split: KeypointSplit, preprocessor: ImagePreprocessor, grid: tuple[int, int]
+    ) -> None:
+        self.split = split
+        self.preprocessor = preprocessor
+        self.grid = grid
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch = keypoint_batch(self.split, self.preprocessor, [index])
+        labels = batch.labels[0]
+        cells = rescaled(labels[:, :2], labels[:, 3:5], np.array(self.grid[::-1]))
+        target = gaussian_target(cells, labels[:, 2] != ABSENT, self.grid, self.split.sigma)
+        return {
+            "pixel_values": torch.from_numpy(batch.inputs["pixel_values"][0]),
+            "labels": torch.from_numpy(target),
+        }
+
+
+def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """-Σ (1 - p)² t log p + p² (1 - t) log(1 - p) over the cells of a heatmap, averaged over heatmaps.
+
+    The weighted binary cross entropy of TrackNetV2 (Sun et al. 2020, eq. 2; the focal loss of Lin et al.
+    2017 with γ = 2): the thousand cells without a ball weigh next to nothing once they are known, so
+    that they cannot drown the few with one.
+
+    Args:
+        logits: `[n, K, h, w]`, p is their sigmoid.
+        target: of the same shape, 0 … 1.
+    """
+    there, nothing = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+    terms = nothing.exp() ** 2 * target * there + there.exp() ** 2 * (1 - target) * nothing
+    return -terms.sum(dim=(-2, -1)).mean()
