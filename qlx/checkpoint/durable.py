@@ -146,7 +146,7 @@ def _lock(descriptor: int, required: bool) -> None:
 
 
 @contextmanager
-def naming(temporary: Path, shown: Path) -> Iterator[None]:
+def naming(temporary: Path, shown: str | Path) -> Iterator[None]:
     """Let errors of the block speak of `shown` where they name `temporary`, which is gone when they are read."""
     try:
         yield
@@ -157,7 +157,7 @@ def naming(temporary: Path, shown: Path) -> Iterator[None]:
         raise
 
 
-def _renamed(part: object, temporary: Path, shown: Path) -> object:
+def _renamed(part: object, temporary: Path, shown: str | Path) -> object:
     if isinstance(part, str | Path):
         return str(part).replace(str(temporary), str(shown))
     return part

@@ -8,7 +8,15 @@ from typing import Any
 
 from qlx.errors import CorruptCheckpoint
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_DIGITS", "canonical_json", "load_json", "load_object", "parse_json"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_DEPTH",
+    "MAX_DIGITS",
+    "canonical_json",
+    "load_json",
+    "load_object",
+    "parse_json",
+]
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 32

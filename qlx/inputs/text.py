@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlx.checkpoint import canonical_json, load_json
+from qlx.checkpoint import canonical_json, load_object
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, require
 from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
 
@@ -100,7 +100,7 @@ class TextCodec:
         directory = Path(directory)
         tokenizer = load_tokenizer(directory)
         path = directory / CONFIG_FILE
-        config = load_json(path) if path.is_file() else {}
+        config = load_object(path) if path.is_file() else {}
         specials = {
             name: _token_text(config.get(name)) for name in ("pad_token", "eos_token", "bos_token")
         }

@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from qlx.checkpoint import Checkpoint, canonical_json, load_json
+from qlx.checkpoint import Checkpoint, canonical_json, load_object
 from qlx.errors import CorruptCheckpoint
 from qlx.merging.plan import FLOATS, MergePlan
 
@@ -51,10 +51,9 @@ def read_config(directory: Path) -> dict[str, object]:
         CorruptCheckpoint: it is missing or not an object.
     """
     path = directory / "config.json"
-    value = load_json(path) if path.is_file() else None
-    if not isinstance(value, dict):
+    if not path.is_file():
         raise CorruptCheckpoint(f"{path}: there is no model configuration")
-    return value
+    return load_object(path)
 
 
 def write_config(

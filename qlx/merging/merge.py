@@ -16,12 +16,13 @@ from qlx.checkpoint import (
     Source,
     check_output,
     is_checkpoint,
+    naming,
     new_checkpoint,
     next_step,
     open_checkpoint,
     require_base,
 )
-from qlx.errors import CheckFailed, InputRefused, QlxError, Unsupported, UsageError
+from qlx.errors import CheckFailed, InputRefused, Unsupported, UsageError
 from qlx.merging.budget import Estimate, estimate, threads_within
 from qlx.merging.coded import open_base
 from qlx.merging.combine import Combination, combine
@@ -212,7 +213,7 @@ def _one_adapter(
         source = base_of(adapters[0], base)
         assert source is not None
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qlx-combine-")))
-        stack.enter_context(_shown_as(scratch / "adapter", "the combined adapter"))
+        stack.enter_context(naming(scratch / "adapter", "the combined adapter"))
         made = combine(adapters, source, combination or Combination(), scratch / "adapter")
         yield made, all(recorded for _, recorded in opened)
 
@@ -243,18 +244,8 @@ def adapter_checkpoint(path: Path, base: str | Path | None) -> Iterator[tuple[Ch
 
     with tempfile.TemporaryDirectory(prefix="qlx-import-") as scratch:
         imported = Path(scratch) / "adapter"
-        with _shown_as(imported, str(path)):
+        with naming(imported, str(path)):
             yield save_adapter(path, imported, base=str(base)), False
-
-
-@contextmanager
-def _shown_as(temporary: Path, name: str) -> Iterator[None]:
-    """Let errors about a directory that exists for the time being speak of what the user gave."""
-    try:
-        yield
-    except QlxError as error:
-        error.args = (str(error).replace(str(temporary), name),)
-        raise
 
 
 def _records_base_values(manifest: Manifest) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlx.checkpoint import load_json
+from qlx.checkpoint import load_object
 from qlx.errors import InputRefused, Unsupported
 from qlx.planning.memory import Plan, Setup, WeightFormat, plan_shape, weight_format
 from qlx.planning.shapes import (
@@ -43,7 +43,7 @@ def base_shape(base: BaseSection) -> Shape:
     name = str(base.path)
     config = Path(name) / "config.json"
     if config.is_file():
-        return shape_from_config(load_json(config), name)
+        return shape_from_config(load_object(config), name)
     public = PUBLIC_SHAPES.get(name.partition("@")[0])
     if public is None:
         raise InputRefused(
@@ -56,7 +56,7 @@ def base_shape(base: BaseSection) -> Shape:
 def _stored_format(base: BaseSection) -> WeightFormat | None:
     """How a base that comes as codes is stored, from its config.json; None for plain weights."""
     config = Path(str(base.path)) / "config.json"
-    section = load_json(config).get("quantization_config") if config.is_file() else None
+    section = load_object(config).get("quantization_config") if config.is_file() else None
     if not isinstance(section, dict):
         return None
     method, group = section.get("quant_method"), section.get("group_size")

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qlx.checkpoint import load_json
+from qlx.checkpoint import load_object
 from qlx.errors import CorruptCheckpoint, InputRefused
 from qlx.inputs import ImagePreprocessor
 from qlx.runtime.predictor import OnnxPredictor
@@ -100,7 +100,7 @@ def class_labels(directory: Path) -> tuple[str, ...]:
         CorruptCheckpoint: missing, not numbered from 0 without gaps, or not unique.
     """
     file = Path(directory) / "config.json"
-    named = load_json(file).get("id2label") if file.is_file() else None
+    named = load_object(file).get("id2label") if file.is_file() else None
     if not isinstance(named, dict) or sorted(named, key=str) != sorted(map(str, range(len(named)))):
         raise CorruptCheckpoint(
             f"{file}: id2label does not number the classes from 0; export the checkpoint again"

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qlx.checkpoint import load_json
+from qlx.checkpoint import load_object
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, UsageError
 from qlx.inputs import Message, TextCodec
 from qlx.runtime.decoder import CausalDecoder
@@ -227,10 +227,10 @@ def _limits(path: Path) -> tuple[int, frozenset[int]]:
         raise CorruptCheckpoint(
             f"{path}: there is no {GENERATION_FILE}; export the checkpoint again"
         )
-    config = load_json(file)
-    model = config.get("model", {}) if isinstance(config, dict) else {}
+    model = load_object(file).get("model")
+    model = model if isinstance(model, dict) else {}
     length, ends = model.get("context_length"), model.get("eos_token_id", [])
-    ends = [ends] if isinstance(ends, int) else ends
+    ends = ends if isinstance(ends, list) else [ends]
     if not isinstance(length, int) or length < 2 or not all(isinstance(end, int) for end in ends):
         raise CorruptCheckpoint(
             f"{file}: model.context_length or model.eos_token_id is wrong; "

@@ -1,6 +1,7 @@
 """Tokenizers and chat templates: the same ids and texts as transformers, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -133,3 +134,10 @@ def test_template_that_rewrites_the_prompt_is_refused(codec):
     )
     with pytest.raises(InputRefused, match="rewrites"):
         rewriting.parts(TextExample(messages=CHAT))
+
+
+def test_a_configuration_that_is_no_object_is_refused(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CorruptCheckpoint, match=r"tokenizer_config\.json: holds a list"):
+        TextCodec.from_directory(tmp_path / "copy")

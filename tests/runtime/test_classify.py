@@ -10,7 +10,7 @@ from PIL import Image
 
 from qlx.checkpoint import read_manifest, seal
 from qlx.errors import CorruptCheckpoint, InputRefused
-from qlx.runtime import Classifier
+from qlx.runtime import Classifier, class_labels
 
 
 def picture(seed, size=(40, 30)):
@@ -52,3 +52,9 @@ def test_labels_that_do_not_fit_are_refused(vit, tmp_path, labels):
     seal(tmp_path / "copy", read_manifest(tmp_path / "copy")[0])
     with pytest.raises(CorruptCheckpoint, match="label"):
         Classifier(tmp_path / "copy").classify([picture(0)])
+
+
+def test_labels_are_read_from_an_object(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json: holds a list"):
+        class_labels(tmp_path)
