@@ -1,10 +1,11 @@
-"""The whole way with really trained adapters: NF4 and FP4, a vision and a language model."""
+"""The whole way with really trained adapters: NF4, FP4, int8 and ternary; a vision and a language model."""
 
 import pytest
 
-from qlx.checkpoint import read_probe
+from qlx.checkpoint import read_probe, seal
 from qlx.merging import merge
 from qlx.verification import compare, verify
+from tests.conftest import DIGITS_RUN, PYTHON_RUN, recipe_of
 
 RUNS = ["digits_run", "digits_run_fp4", "python_run", "python_run_fp4"]
 
@@ -42,3 +43,37 @@ def test_the_recorded_base_is_found_by_its_name(tmp_path, pair, monkeypatch):
     monkeypatch.chdir(base.parent)
     assert merged.manifest.base.name == base.name
     assert merge(None, [run], tmp_path / "again").digest == merged.digest
+
+
+INTEGER = {"int8": {"quant_type": "int8"}, "ternary": {"quant_type": "ternary", "group_size": 64}}
+
+
+@pytest.fixture(params=[(kind, name) for kind in ("digits", "python") for name in INTEGER],
+                ids=lambda pair: "-".join(pair))  # fmt: skip
+def integer_pair(request, trained):
+    """A base and an adapter that was trained on it with its weights in int8 or ternary codes."""
+    kind, name = request.param
+    base = request.getfixturevalue(f"{kind}_base")
+    content = DIGITS_RUN if kind == "digits" else PYTHON_RUN
+    recipe = recipe_of(content, base, name=f"{kind}-{name}", quantization=INTEGER[name])
+    return base, trained(f"{kind}-{name}", recipe)
+
+
+def test_on_an_integer_base_as_trained_equals_the_unmerged_model(tmp_path, integer_pair):
+    """With the negative control: the weights merged onto the original base fail in their place."""
+    base, run = integer_pair
+    merged = merge(base, [run], tmp_path / "merged", dtype="float32")
+    report = verify(merged.path, tighten={"top1": 1.0})
+    assert report.passed
+    found = report.comparisons["reference"]
+    assert (found.relative < 1e-5, found.top1) == (True, 1.0)
+    probe = read_probe(run)
+    assert compare(probe.reference, probe.base, probe.mask).relative > 0.05
+    against = verify(merged.path, against=run, base=base)
+    assert against.passed
+    original = merge(base, [run], tmp_path / "original", dtype="float32", onto="original")
+    weights = (original.path / "model.safetensors").read_bytes()
+    (merged.path / "model.safetensors").write_bytes(weights)
+    seal(merged.path, merged.manifest)
+    failed = [check.name for check in verify(merged.path).failures]
+    assert "reference: relative" in failed
