@@ -12,6 +12,7 @@ from qlx.cli.session import Session
     "load-adapter",
     examples=(
         "qlx load-adapter --base runs/digits-base --adapter adapters/digits --input seven.png",
+        "qlx load-adapter --base runs/tennis-base --adapter adapters/tennis --input 0008.jpg",
         "qlx load-adapter --base runs/python-base --adapter adapters/python --prompt 'def main'",
     ),
 )
@@ -28,9 +29,10 @@ from qlx.cli.session import Session
 @click.option("--chat", is_flag=True, help="Send --prompt as a message, by the chat template.")
 @click.option(
     "--input",
-    "image",
+    "images",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Image file for a classifier.",
+    help="Image for a classifier or a heatmap model; of several frames, repeat it, the latest last.",
 )
 def command(
     session: Session,
@@ -38,7 +40,7 @@ def command(
     adapters: tuple[Path, ...],
     prompt: str | None,
     chat: bool,
-    image: Path | None,
+    images: tuple[Path, ...],
 ) -> int:
     """Try an adapter on its base.
 
@@ -53,6 +55,6 @@ def command(
         )
     if chat and prompt is None:
         raise click.UsageError("--chat is about --prompt, and none is given")
-    result = trial.try_adapter(adapters[0], base, prompt=prompt, chat=chat, image=image)
+    result = trial.try_adapter(adapters[0], base, prompt=prompt, chat=chat, images=images)
     session.emit(render.trial_data(result), render.print_trial)
     return 0 if result.passed else 1

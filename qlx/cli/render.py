@@ -272,7 +272,8 @@ def score_data(path: Path, result: "EvalResult") -> dict[str, Any]:
 
 def print_scores(console: "Console", data: Mapping[str, Any]) -> None:
     """One line per metric."""
-    unit = "images" if data["task"] == "image-classification" else "tokens"
+    units = {"image-classification": "images", "heatmap": "heatmaps"}
+    unit = units.get(data["task"], "tokens")
     console.print(f"{data['path']} on {data['source']}, {data['count']} {unit}")
     for name, value in data["metrics"].items():
         console.print(f"  {name:<16} {value:.4f}")

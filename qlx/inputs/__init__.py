@@ -14,7 +14,7 @@ from qlx.inputs.batches import (
 )
 from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
 from qlx.inputs.heatmaps import find_peaks, gaussian_target, rescaled
-from qlx.inputs.images import PREPROCESSOR_FILE, ImagePreprocessor, open_image
+from qlx.inputs.images import PREPROCESSOR_FILE, ImagePreprocessor, as_image, open_image
 from qlx.inputs.keypoint_scores import DETECTED, TOLERANCE, KeypointScore
 from qlx.inputs.scoring import Score, log_softmax, negative_log_likelihood
 from qlx.inputs.splits import (
@@ -58,6 +58,7 @@ __all__ = [
     "TextCodec",
     "TextExample",
     "TextSplit",
+    "as_image",
     "encode_split",
     "eval_batches",
     "find_peaks",

@@ -18,7 +18,7 @@ from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PREPROCESSOR_FILE", "ImagePreprocessor", "open_image", "too_many_pixels"]
+__all__ = ["PREPROCESSOR_FILE", "ImagePreprocessor", "as_image", "open_image", "too_many_pixels"]
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 MAX_PIXELS = 64 * 2**20
@@ -129,7 +129,7 @@ class ImagePreprocessor:
         return np.concatenate([ready[id(image)] for image in given * (self.frames // len(given))])
 
     def _one(self, image: Any) -> NDArray[np.float32]:
-        picture = self._resize(_rgb(image))
+        picture = self._resize(as_image(image))
         pixels = np.asarray(picture).transpose(2, 0, 1)
         if self.crop is not None:
             pixels = _center_crop(pixels, *self.crop)
@@ -197,8 +197,12 @@ def _center_crop(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     return pixels[:, top : top + height, left : left + width]
 
 
-def _rgb(image: Any) -> "Image":
-    """A Pillow RGB image from a Pillow image or a uint8 array."""
+def as_image(image: Any) -> "Image":
+    """A Pillow RGB image from a path, a Pillow image or a uint8 array [H, W, 3] or [H, W].
+
+    Raises:
+        InputRefused: not an image.
+    """
     if isinstance(image, str | Path):
         return open_image(image)
     pillow = require("PIL.Image", "train")

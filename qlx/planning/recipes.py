@@ -70,7 +70,7 @@ def _stored_format(base: BaseSection) -> WeightFormat | None:
 
 
 def _scratch_shape(section: ArchitectureSection) -> Shape:
-    vision = section.model_type == "vit"
+    vision = section.model_type != "llama"
     config: dict[str, object] = {
         "hidden_size": section.hidden_size,
         "num_hidden_layers": section.layers,
@@ -79,7 +79,7 @@ def _scratch_shape(section: ArchitectureSection) -> Shape:
         "intermediate_size": section.intermediate_size,
     }
     if vision:
-        config |= {"image_size": section.image_size, "patch_size": section.patch_size}
+        config |= {"image_size": section.image_shape, "patch_size": section.patch_size}
     else:
         config |= {"vocab_size": section.vocab_size, "tie_word_embeddings": False}
     return shape_from_config(config, f"{section.model_type} from scratch")

@@ -265,6 +265,9 @@ def shape_from_config(config: Mapping[str, object], name: str = "config.json") -
 
 
 def _described_shape(config: Mapping[str, object], name: str) -> Shape:
+    backbone = config.get("backbone_config")  # ViTPose describes its ViT apart
+    if isinstance(backbone, Mapping):
+        config = {**backbone, "id2label": config.get("id2label"), "heatmaps": True}
     hidden = _field(config, "hidden_size", "n_embd")
     heads = _field(config, "num_attention_heads", "n_head")
     vision = "image_size" in config
@@ -292,14 +295,21 @@ def _with_vocabulary(shape: Shape, config: Mapping[str, object]) -> Shape:
     return replace(shape, vocab=_field(config, "vocab_size"), tied=bool(tied))
 
 
+def _area(size: object) -> int:
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (list, tuple)) or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise Unsupported(f"image_size or patch_size {size!r} is no size")
+    return math.prod(sides)
+
+
 def _with_image(shape: Shape, config: Mapping[str, object]) -> Shape:
     patch = _field(config, "patch_size")
-    patches = (_field(config, "image_size") // patch) ** 2
+    patches = _area(config["image_size"]) // _area(config["patch_size"])
     channels = _field({"rgb": 3, **config}, "num_channels", "rgb")
-    labels = config.get("id2label")
+    labels, heatmaps = config.get("id2label"), "heatmaps" in config  # made by a 3×3 convolution
     return replace(
         shape,
-        outputs=len(labels) if isinstance(labels, Mapping) else 2,
+        outputs=(len(labels) if isinstance(labels, Mapping) else 2) * (9 if heatmaps else 1),
         other=channels * patch * patch * shape.hidden + (patches + 2) * shape.hidden,
         tokens=patches + 1,
     )

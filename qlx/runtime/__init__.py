@@ -1,4 +1,4 @@
-"""Running exported models: onnxruntime sessions, classification, text generation. Never torch.
+"""Running exported models: onnxruntime sessions, classification, places, text generation. Never torch.
 
 Needs numpy, onnxruntime, tokenizers (text) and Pillow (images). Files are checked against the
 manifest before onnxruntime reads them.
@@ -22,6 +22,7 @@ from qlx.runtime.generate import (
     generation_limits,
 )
 from qlx.runtime.graph_guard import check_graph
+from qlx.runtime.locate import KeypointModel, Location, Locator
 from qlx.runtime.predictor import OnnxPredictor
 from qlx.runtime.sampling import Sampler, SamplingOptions, next_distribution
 from qlx.runtime.session import DATA_FILE, GRAPH_FILE, OnnxModel, open_model, session_options
@@ -36,6 +37,9 @@ __all__ = [
     "FinishReason",
     "Generation",
     "ImageModel",
+    "KeypointModel",
+    "Location",
+    "Locator",
     "OnnxModel",
     "OnnxPredictor",
     "Sampler",

@@ -1,7 +1,7 @@
 """The HTTP application: routes, and nothing that knows how a model works.
 
-Paths: `GET /healthz`, `GET /v1/models`, `POST /v1/classify`, `POST /v1/completions`,
-`POST /v1/chat/completions`, and a page at `/`.
+Paths: `GET /healthz`, `GET /v1/models`, `POST /v1/classify`, `POST /v1/locate`,
+`POST /v1/completions`, `POST /v1/chat/completions`, and a page at `/`.
 """
 
 import asyncio
@@ -22,8 +22,15 @@ from starlette.types import Receive, Scope, Send
 from qlx.errors import InputRefused, QlxError, UsageError
 from qlx.inputs import open_image
 from qlx.inputs.images import too_many_pixels
-from qlx.runtime import ImageModel, TextModel, TextPiece
-from qlx.serving.bodies import ChatBody, ClassifyBody, CompletionBody, GenerationBody, parse_body
+from qlx.runtime import ImageModel, KeypointModel, TextModel, TextPiece
+from qlx.serving.bodies import (
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    GenerationBody,
+    LocateBody,
+    parse_body,
+)
 from qlx.serving.engine import Engine, summary
 from qlx.serving.guard import Guard, error_response
 from qlx.serving.limits import ServingLimits
@@ -78,6 +85,7 @@ def create_app(
             Route("/healthz", service.health),
             Route("/v1/models", service.models),
             Route("/v1/classify", service.classify, methods=["POST"]),
+            Route("/v1/locate", service.locate, methods=["POST"]),
             Route("/v1/completions", service.complete, methods=["POST"]),
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
         ],
@@ -144,20 +152,37 @@ class Service:
 
     async def classify(self, request: Request) -> Response:
         """Classify one image, sent as base64 in JSON or as the raw file."""
-        kind = _content_type(request)
-        if kind == "application/json":
+        if _content_type(request) == "application/json":
             asked = parse_body(await self._body(request), ClassifyBody)
             name, data = asked.model, asked.image_bytes()
-        elif kind.startswith("image/") or kind == "application/octet-stream":
-            name, data = request.query_params.get("model"), await self._body(request)
         else:
-            raise HTTPException(
-                415, "the body must be application/json, image/* or application/octet-stream"
-            )
+            name, data = await self._image_file(request)
         engine = self._engine(name)
         model = _able(engine, engine.images, "classify images")
         found = await self._attended(request, self.workers.run(lambda: _classify(model, data)))
         return JSONResponse({"model": engine.name, **found})
+
+    async def locate(self, request: Request) -> Response:
+        """Find the keypoints in one frame, or in the last of several, sent as `classify` takes images."""
+        if _content_type(request) == "application/json":
+            asked = parse_body(await self._body(request), LocateBody)
+            name, files = asked.model, asked.image_bytes()
+        else:
+            name, file = await self._image_file(request)
+            files = [file]
+        engine = self._engine(name)
+        model = _able(engine, engine.keypoints, "find places")
+        found = await self._attended(request, self.workers.run(lambda: _locate(model, files)))
+        return JSONResponse({"model": engine.name, "keypoints": found})
+
+    async def _image_file(self, request: Request) -> tuple[str | None, bytes]:
+        """The model asked for and an image sent as it is."""
+        kind = _content_type(request)
+        if not kind.startswith("image/") and kind != "application/octet-stream":
+            raise HTTPException(
+                415, "the body must be application/json, image/* or application/octet-stream"
+            )
+        return request.query_params.get("model"), await self._body(request)
 
     async def complete(self, request: Request) -> Response:
         """Continue a text."""
@@ -357,6 +382,15 @@ def _classify(model: ImageModel, data: bytes) -> dict[str, Any]:
         "probability": result.probability,
         "probabilities": result.probabilities,
     }
+
+
+def _locate(model: KeypointModel, files: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Decode the frames of one clip and find its keypoints; places are in pixels of the last."""
+    (places,) = model.locate([[open_image(_known_format(data)) for data in files]])
+    return [
+        {"name": one.name, "x": one.x, "y": one.y, "score": one.score, "found": one.found}
+        for one in places
+    ]
 
 
 def _known_format(data: bytes) -> io.BytesIO:

@@ -14,7 +14,14 @@ from qlx.checkpoint import parse_json
 from qlx.errors import CorruptCheckpoint, UsageError
 from qlx.runtime import SamplingOptions
 
-__all__ = ["ChatBody", "ClassifyBody", "CompletionBody", "GenerationBody", "parse_body"]
+__all__ = [
+    "ChatBody",
+    "ClassifyBody",
+    "CompletionBody",
+    "GenerationBody",
+    "LocateBody",
+    "parse_body",
+]
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 Text = Annotated[str, Field(max_length=2**22)]
@@ -39,13 +46,32 @@ class ClassifyBody(_Body):
         Raises:
             UsageError: not base64.
         """
-        text = self.image
-        if text.startswith("data:"):
-            text = text.partition(",")[2]
-        try:
-            return base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UsageError("field image is not base64") from error
+        return _file(self.image, "image")
+
+
+class LocateBody(_Body):
+    """`POST /v1/locate`: one frame, or as many consecutive ones as the model sees, the latest last; base64 encoded."""
+
+    image: str | Annotated[list[str], Field(min_length=1, max_length=16)]
+
+    def image_bytes(self) -> list[bytes]:
+        """The image files.
+
+        Raises:
+            UsageError: not base64.
+        """
+        given = [self.image] if isinstance(self.image, str) else self.image
+        return [_file(text, "image") for text in given]
+
+
+def _file(text: str, field: str) -> bytes:
+    """What a base64 field (or data URL) holds."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UsageError(f"field {field} is not base64") from error
 
 
 class GenerationBody(_Body):

@@ -13,6 +13,8 @@ from qlx.inputs import ImagePreprocessor, TextCodec
 from qlx.runtime import (
     Classifier,
     ImageModel,
+    KeypointModel,
+    Locator,
     TextGenerator,
     TextModel,
     class_labels,
@@ -23,7 +25,7 @@ __all__ = ["Engine", "LoadedEngine", "load_engine", "summary"]
 
 
 class Engine(Protocol):
-    """A model under a name; exactly one of `images` and `text` is set, by its task."""
+    """A model under a name; exactly one of `images`, `keypoints` and `text` is set, by its task."""
 
     @property
     def name(self) -> str:
@@ -41,6 +43,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def keypoints(self) -> KeypointModel | None:
+        """Finds places in images, if the model does."""
+        ...
+
+    @property
     def text(self) -> TextModel | None:
         """Continues text, if the model does."""
         ...
@@ -54,6 +61,7 @@ class LoadedEngine:
     manifest: Manifest
     images: ImageModel | None = None
     text: TextModel | None = None
+    keypoints: KeypointModel | None = None
 
 
 def load_engine(
@@ -82,6 +90,8 @@ def _onnx_engine(checkpoint: Checkpoint, name: str, threads: int | None) -> Load
     manifest = checkpoint.manifest
     if manifest.task == "image-classification":
         return LoadedEngine(name, manifest, images=Classifier(checkpoint.path, threads))
+    if manifest.task == "heatmap":
+        return LoadedEngine(name, manifest, keypoints=Locator(checkpoint.path, threads))
     return LoadedEngine(name, manifest, text=TextGenerator(checkpoint.path, threads))
 
 
@@ -97,10 +107,12 @@ def _torch_engine(
         torch.set_num_threads(threads)
     manifest, path = checkpoint.manifest, checkpoint.path
     model: Any = load_model(checkpoint, base_of(checkpoint, base)).eval()
-    if manifest.task == "image-classification":
+    if manifest.task != "causal-lm":
         predictor = TorchPredictor(model, manifest.task)
-        prepare = ImagePreprocessor.from_directory(path)
-        return LoadedEngine(name, manifest, ImageModel(prepare, predictor, class_labels(path)))
+        parts = ImagePreprocessor.from_directory(path), predictor, class_labels(path)
+        if manifest.task == "heatmap":
+            return LoadedEngine(name, manifest, keypoints=KeypointModel(*parts))
+        return LoadedEngine(name, manifest, ImageModel(*parts))
     length, ends = generation_limits(model.config, model.generation_config)
     text = TextModel(TextCodec.from_directory(path), length, ends, lambda: TorchDecoder(model))
     return LoadedEngine(name, manifest, text=text)

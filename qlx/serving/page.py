@@ -14,9 +14,11 @@ PAGE_POLICY = (
 
 def page(engine: Engine) -> str:
     """HTML with a form for text or for an image, by the engine's task."""
-    form, script = (
-        (_TEXT_FORM, _TEXT_SCRIPT) if engine.text is not None else (_IMAGE_FORM, _IMAGE_SCRIPT)
-    )
+    form, script = _TEXT_FORM, _TEXT_SCRIPT
+    if engine.text is None:
+        path, button = ("locate", "Locate") if engine.keypoints else ("classify", "Classify")
+        form = _IMAGE_FORM.replace("BUTTON", button)
+        script = _IMAGE_SCRIPT.replace("PATH", path)
     name = html.escape(engine.name)
     manifest = engine.manifest
     about = html.escape(f"{manifest.kind}, {manifest.task}")
@@ -47,13 +49,13 @@ const out = document.getElementById("out");
 """
 
 _IMAGE_FORM = """<form id="ask"><label>Image <input type="file" id="file" accept="image/*" required></label>
-<button>Classify</button></form>"""
+<button>BUTTON</button></form>"""
 
 _IMAGE_SCRIPT = """document.getElementById("ask").onsubmit = async (submit) => {
   submit.preventDefault();
   const file = document.getElementById("file").files[0];
   const headers = {"content-type": "application/octet-stream"};
-  const answer = await fetch("v1/classify", {method: "POST", headers, body: file});
+  const answer = await fetch("v1/PATH", {method: "POST", headers, body: file});
   out.textContent = JSON.stringify(await answer.json(), null, 2);
 };"""
 
