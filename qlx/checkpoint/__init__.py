@@ -14,7 +14,7 @@ from qlx.checkpoint.digest import (
     tensors_digest,
     tensors_sha256,
 )
-from qlx.checkpoint.durable import naming, new_checkpoint, replace_file
+from qlx.checkpoint.durable import held, naming, new_checkpoint, replace_file
 from qlx.checkpoint.known import Stamp, known_hashes, remember_hashes
 from qlx.checkpoint.lineage import next_step
 from qlx.checkpoint.manifest import (
@@ -68,6 +68,7 @@ __all__ = [
     "fingerprint_line",
     "fingerprint_of_lines",
     "fingerprint_weights",
+    "held",
     "hub_name",
     "is_checkpoint",
     "known_hashes",

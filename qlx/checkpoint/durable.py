@@ -23,7 +23,7 @@ from pathlib import Path
 from qlx.checkpoint.outputs import check_output
 from qlx.errors import NoRoom, UsageError
 
-__all__ = ["naming", "new_checkpoint", "replace_file", "sync_tree"]
+__all__ = ["held", "naming", "new_checkpoint", "replace_file", "sync_tree"]
 
 _STAGING_MARK = ".qlx-"
 _RENAME_EXCHANGE = 2
@@ -143,6 +143,25 @@ def _lock(descriptor: int, required: bool) -> None:
     except OSError as error:
         if required or isinstance(error, BlockingIOError):
             raise
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory while the block runs, so that no other command works in it.
+
+    Raises:
+        UsageError: a living process holds it.
+    """
+    try:
+        lock = _locked(directory, required=False)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{directory}: another command is writing there; wait for it, or choose another --output"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager

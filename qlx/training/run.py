@@ -20,6 +20,7 @@ from qlx.checkpoint import (
     ProbeResult,
     canonical_json,
     check_output,
+    held,
     is_checkpoint,
     load_json,
     new_checkpoint,
@@ -120,15 +121,21 @@ def _work(output: Path, *, resume: bool, force: bool) -> Iterator[Path]:
             raise UsageError(
                 f"{work}: holds an interrupted training; go on with --resume, or start anew with --force"
             )
-        shutil.rmtree(work)
+        if is_checkpoint(work):
+            raise UsageError(
+                f"{work}: is a checkpoint where this training would keep its state; move it, or choose another --output"
+            )
+        with held(work):
+            shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        yield work
-    except BaseException:
-        if not is_checkpoint(work / _STATE):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
+    with held(work):
+        try:
+            yield work
+        except BaseException:
+            if not is_checkpoint(work / _STATE):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _work_directory(output: Path) -> Path:
