@@ -239,7 +239,10 @@ def test_an_image_too_large_for_pillow_is_called_that(client):
     bomb = small[:12] + header + zlib.crc32(header).to_bytes(4) + small[33:]
     answer = look(client, bomb)
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "image: too many pixels, more than 67,108,864; scale it down"
+    assert (
+        answer.json()["error"]["message"]
+        == "image: too many pixels, more than 67,108,864; scale it down"
+    )
 
 
 def test_the_page_has_a_form_and_loads_nothing(client):
