@@ -4,6 +4,7 @@ The values are drawn so that every mistake shows: weights far from their initial
 whose effect on the logits is large, scaling ≠ 1, and padding in the text inputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,11 @@ from qlx.recipe import AdapterSection
 
 VOCABULARY = 96
 TASKS = {"vit": "image-classification"} | dict.fromkeys(
-    ("llama", "qwen3", "gpt2", "qwen3_moe", "mixtral"), "causal-lm"
+    (
+        *("llama", "qwen3", "gpt2", "qwen3_moe", "mixtral"),
+        *("mistral", "qwen2", "gemma", "gemma2", "gemma3_text"),
+    ),
+    "causal-lm",
 )
 NF4 = QuantSpec(method="qlora", weight_bits=4, scheme="nf4", group_size=64, double_quant=True)
 FP4 = NF4.model_copy(update={"scheme": "fp4", "double_quant": False})
@@ -112,6 +117,30 @@ def _qwen3(tied: bool) -> Any:
     )
 
 
+def _dense(kind: str, **more: Any) -> Callable[[bool], Any]:
+    """A builder of any other architecture whose configuration has the usual names."""
+
+    def build(tied: bool) -> Any:
+        import transformers
+
+        config = transformers.CONFIG_MAPPING[kind](
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=128,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            tie_word_embeddings=tied,
+            **more,
+        )
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+    return build
+
+
 def _gpt2(tied: bool) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -152,6 +181,11 @@ _BUILD = {
     "gpt2": _gpt2,
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
+    "mistral": _dense("mistral", sliding_window=None),
+    "qwen2": _dense("qwen2"),
+    "gemma": _dense("gemma"),
+    "gemma2": _dense("gemma2", query_pre_attn_scalar=16),
+    "gemma3_text": _dense("gemma3_text", query_pre_attn_scalar=16),
 }
 
 
@@ -241,3 +275,19 @@ def draw(adapted: Any, size: float, seed: int) -> None:
                 parameter.mul_(1 + 0.2 * size * torch.rand_like(parameter))
             elif parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * size / 10)
+
+
+def flip_rows(adapted: Any, size: float = 1.0, seed: int = 0, rows: int = 3) -> None:
+    """Instead of `draw`: the sign of the first rows of every quantized weight is turned.
+
+    On a ternary base the merged weights lie on its own grid then.
+    """
+    for module in adapted.modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            weight = module.base_layer.dequantize()
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            with torch.no_grad():
+                a.zero_()
+                b.zero_()
+                a[:rows] = weight[:rows]
+                b[range(rows), range(rows)] = -2.0 / module.scaling["default"]

@@ -42,6 +42,7 @@ _HARMLESS = frozenset(
         "_attn_implementation_autoset",
         "_load_in_4bit",  # bitsandbytes' own, beside the public fields of the same names
         "_load_in_8bit",
+        "_sliding_window_pattern",  # a number of Gemma 3, as transformers saves it
     )
 )
 _NAMES_CODE = frozenset(

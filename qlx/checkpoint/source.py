@@ -90,6 +90,10 @@ def _local(path: Path, name: str) -> Source:
         raise InputRefused(
             f"{path}: a checkpoint of kind {manifest.kind!r} without whole weights cannot be a base; merge it first"
         )
+    if manifest.quantization.backend == "gguf":
+        raise InputRefused(
+            f"{path}: a GGUF file cannot be a base; give the checkpoint it was packed from"
+        )
     return Source(path, name, manifest=manifest)
 
 

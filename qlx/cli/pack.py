@@ -22,6 +22,7 @@ def _group_size(
     examples=(
         "qlx pack merged/digits -o packed/digits --to nf4",
         "qlx pack adapters/python --base runs/python-base -o packed/python --to int4 --group-size 32",
+        "qlx pack merged/python -o packed/python-gguf --to gguf --gguf-type Q4_0",
     ),
 )
 @click.argument("checkpoint", type=options.DIRECTORY)
@@ -29,9 +30,10 @@ def _group_size(
 @options.base()
 @click.option(
     "--to",
-    type=click.Choice(["nf4", "fp4", "int8", "int4", "ternary"]),
+    type=click.Choice(["nf4", "fp4", "int8", "int4", "ternary", "gguf"]),
     required=True,
-    help="Target format: nf4 and fp4 load with bitsandbytes, int8, int4 and ternary with compressed-tensors.",
+    help="Target format: nf4 and fp4 load with bitsandbytes, int8, int4 and ternary with compressed-tensors, "
+    "gguf in llama.cpp.",
 )
 @click.option(
     "--group-size",
@@ -45,6 +47,11 @@ def _group_size(
     help="Quantize the scales as well (default: as in training).",
 )
 @click.option(
+    "--gguf-type",
+    type=click.Choice(["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0"]),
+    help="Type of the tensors in a GGUF file (default Q8_0).",
+)
+@click.option(
     "--min-retention",
     type=click.FloatRange(0, 1),
     help="Refuse a result that keeps less than this share of the adapter's effect.",
@@ -55,9 +62,10 @@ def command(
     output: Path,
     force: bool,
     base: str | None,
-    to: Literal["nf4", "fp4", "int8", "int4", "ternary"],
+    to: Literal["nf4", "fp4", "int8", "int4", "ternary", "gguf"],
     group_size: int | Literal["whole"] | None,
     double_quant: bool | None,
+    gguf_type: str | None,
     min_retention: float | None,
 ) -> None:
     """Quantize a merged model.
@@ -76,6 +84,7 @@ def command(
         base=base,
         group_size=group_size,
         double_quant=double_quant,
+        gguf_type=gguf_type,
         min_retention=DEFAULT_MIN_RETENTION if min_retention is None else min_retention,
         force=force,
         report=session.report,

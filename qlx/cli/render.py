@@ -161,6 +161,10 @@ def _base(base: Mapping[str, Any]) -> str:
 
 
 def _quantization(spec: Mapping[str, Any]) -> str:
+    if spec["backend"] == "gguf":
+        return (
+            f"GGUF {spec['extras']['gguf_type']}, {len(spec['tensors'])} tensors ({spec['method']})"
+        )
     if spec["scheme"] is None:
         return "none"
     double = ", double quantization" if spec["double_quant"] else ""

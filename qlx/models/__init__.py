@@ -15,6 +15,7 @@ from qlx.models.architectures import (
 )
 from qlx.models.coded import logical_names, stored_codes
 from qlx.models.from_vit import config_from_vit, is_plain_vit, vitpose_from_vit
+from qlx.models.llama_cpp import GGUF_FILE, ROPE_FACTORS, GgufLayout, gguf_layout
 from qlx.models.loading import (
     STORED_DTYPE,
     computing_in,
@@ -33,9 +34,12 @@ from qlx.models.streamed import streamed_bytes, streamed_model
 
 __all__ = [
     "CONFIG_FILE",
+    "GGUF_FILE",
     "KNOWN",
     "MAX_LOGITS_BYTES",
+    "ROPE_FACTORS",
     "STORED_DTYPE",
+    "GgufLayout",
     "Labels",
     "TorchPredictor",
     "auto_class",
@@ -45,6 +49,7 @@ __all__ = [
     "config_from_vit",
     "empty_model",
     "forward_logits",
+    "gguf_layout",
     "heatmap_grid",
     "image_shape",
     "is_plain_vit",

@@ -20,6 +20,7 @@ from qlx.checkpoint import (
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported, require
 from qlx.models.architectures import CONFIG_FILE, Labels, auto_class, quiet_head, read_config
 from qlx.models.coded import load_codes, stored_codes, without_report
+from qlx.models.llama_cpp import load_gguf
 from qlx.models.names import tensor_names
 from qlx.quant import (
     StoredQuantization,
@@ -281,7 +282,8 @@ def load_model(
     """Any checkpoint torch can run, in evaluation mode, computing in `compute_dtype`.
 
     A run or adapter is its base, quantized as recorded, with the adapter attached; merged weights
-    and full runs are loaded as they are; packed ones stay packed.
+    and full runs are loaded as they are; packed ones stay packed, except those in GGUF, which
+    become fp32.
 
     Raises:
         Mismatch: `base` is not the recorded one, or quantizes to other codes than training saw.
@@ -298,6 +300,8 @@ def load_model(
         and manifest.kind in ("run", "adapter")
     ):
         return _adapted(checkpoint, base, compute_dtype)
+    if manifest.quantization.backend == "gguf":
+        return load_gguf(checkpoint.path, model_config(checkpoint.path, manifest.task))
     rounds_inputs = manifest.kind == "packed" and manifest.quantization.activation_bits is not None
     quant = manifest.quantization if rounds_inputs else None
     model = load_base(checkpoint.path, manifest.task, dtype=compute_dtype, quant=quant)

@@ -1,4 +1,4 @@
-"""What each target of packing stores: its scheme and groups, and whose layout its files have.
+"""What each scheme of packing stores: its groups, and whose layout its files have.
 
 The layouts are those of the libraries that load them in transformers; `docs/decisions/0008` says why
 these. Codes and scales are `qlx.quant`'s whatever the layout.
@@ -25,26 +25,26 @@ from qlx.quant import (
 __all__ = [
     "WHOLE",
     "GroupSize",
-    "Target",
+    "Scheme",
     "fitting_bitnet",
     "section_of",
     "spec_for",
     "stored_entries",
 ]
 
-Target = Literal["nf4", "fp4", "int8", "int4", "ternary"]
+Scheme = Literal["nf4", "fp4", "int8", "int4", "ternary"]
 GroupSize = int | Literal["whole"] | None
 
 WHOLE: Literal["whole"] = "whole"
 """The group size that stands for one scale a row (int8, int4) or tensor (ternary)."""
 
-_BITS: dict[Target, int] = {"nf4": 4, "fp4": 4, "int8": 8, "int4": 4, "ternary": 2}
-_DEFAULT_GROUP: dict[Target, int | None] = {to: None if to == "int8" else 64 for to in _BITS}
+_BITS: dict[Scheme, int] = {"nf4": 4, "fp4": 4, "int8": 8, "int4": 4, "ternary": 2}
+_DEFAULT_GROUP: dict[Scheme, int | None] = {to: None if to == "int8" else 64 for to in _BITS}
 _BITNET_CLASS: Literal["autobitlinear"] = "autobitlinear"
 
 
 def spec_for(
-    to: Target,
+    to: Scheme,
     before: QuantSpec,
     dtype: str,
     group_size: GroupSize = None,
@@ -78,7 +78,7 @@ def spec_for(
     )
 
 
-def _group_size(to: Target, wanted: GroupSize) -> int | None:
+def _group_size(to: Scheme, wanted: GroupSize) -> int | None:
     if wanted is None:
         return _DEFAULT_GROUP[to]
     whole = to not in FOUR_BIT
@@ -117,8 +117,13 @@ def stored_entries(packed: PackedTensor, name: str, spec: QuantSpec) -> dict[str
     return compressed_entries(packed, name)
 
 
-def section_of(spec: QuantSpec) -> dict[str, object]:
-    """The `quantization_config` by which transformers builds packed layers exactly where there are codes."""
+def section_of(spec: QuantSpec) -> dict[str, object] | None:
+    """The `quantization_config` by which transformers builds packed layers exactly where there are codes.
+
+    None where it is not transformers that loads the weights.
+    """
+    if spec.backend == "gguf":
+        return None
     if spec.backend == "compressed-tensors":
         return compressed_section(spec, spec.skip_modules)
     if spec.backend == "bitnet":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,12 +15,12 @@ from qlx.checkpoint import (
     next_step,
     open_checkpoint,
 )
-from qlx.errors import UsageError
+from qlx.errors import Unsupported, UsageError
 from qlx.merging.companions import carry_probe, copy_companions, read_config, write_config
+from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
 from qlx.packing.layouts import (
     WHOLE,
     GroupSize,
-    Target,
     fitting_bitnet,
     section_of,
     spec_for,
@@ -40,9 +40,10 @@ from qlx.quant import (
 )
 from qlx.verification import DEFAULT_MIN_RETENTION, prove
 
-__all__ = ["TARGETS", "pack"]
+__all__ = ["TARGETS", "Target", "pack"]
 
-TARGETS: tuple[Target, ...] = get_args(Target)
+Target = Literal["nf4", "fp4", "int8", "int4", "ternary", "gguf"]
+TARGETS: tuple[Target, ...] = ("nf4", "fp4", "int8", "int4", "ternary", "gguf")
 """The formats that can be packed to."""
 
 _ADVICE = (
@@ -59,6 +60,7 @@ def pack(
     base: str | Path | None = None,
     group_size: GroupSize = None,
     double_quant: bool | None = None,
+    gguf_type: str | None = None,
     min_retention: float = DEFAULT_MIN_RETENTION,
     force: bool = False,
     report: Callable[[str], None] | None = None,
@@ -67,7 +69,8 @@ def pack(
 
     `checkpoint` is a merged one, a full run, or an adapter (merged on the fly onto `base`).
     `group_size` input values share a scale, with `whole` those of a row (int8, int4) or the tensor
-    (ternary); by default 64, and a row for int8. `double_quant` defaults to what training used.
+    (ternary); by default 64, and a row for int8. `double_quant` defaults to what training used,
+    `gguf_type` to Q8_0.
     `min_retention` gates 1 - KL(unmerged ‖ packed) / KL(unmerged ‖ base) on the probe.
 
     Raises:
@@ -82,25 +85,23 @@ def pack(
     check_output(output, (checkpoint, base), force=force)
     tell = report or (lambda line: None)
     opened = open_checkpoint(Path(checkpoint))
-    before = opened.manifest.quantization
-    spec_for(to, before, "float32", group_size, double_quant)  # refuses before anything is read
+    _spec(opened.manifest, to, "float32", group_size, double_quant, gguf_type)  # refuses early
     with (
         weights_to_pack(opened, base) as (weights, companions),
         new_checkpoint(output, force=force) as staging,
     ):
         dtype = _dtype_of(companions)
-        spec = spec_for(to, before, dtype, group_size, double_quant)
+        spec = _spec(opened.manifest, to, dtype, group_size, double_quant, gguf_type)
         selection = select_modules(weights, companions, opened.manifest, spec.group_size)
         spec = fitting_bitnet(
             spec, causal=opened.manifest.task == "causal-lm", biased=selection.biased
         )
         tell(f"packing {len(selection.tensors)} of {len(weights.names())} tensors to {to}")
-        layers: list[LayerRetention] = []
-        fingerprint = _write(staging, weights, selection, spec, layers)
+        spec = _complete(spec, selection)
+        spec, layers = _write(staging, weights, companions, selection, spec, opened.manifest.tag)
         for line in _layer_lines(layers):
             tell(line)
         copy_companions(staging, companions)
-        spec = _complete(spec, selection, fingerprint)
         write_config(staging, read_config(companions), dtype, section_of(spec))
         carry_probe(opened, staging)
         tell("replaying the probe on the packed files")
@@ -116,7 +117,45 @@ def _dtype_of(companions: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
+def _spec(
+    manifest: Manifest,
+    to: Target,
+    dtype: str,
+    group_size: GroupSize,
+    double_quant: bool | None,
+    gguf_type: str | None,
+) -> QuantSpec:
+    """How weights of `dtype` are packed, by the options given."""
+    if to != "gguf":
+        if gguf_type is not None:
+            raise UsageError("--gguf-type belongs to --to gguf; leave it out")
+        return spec_for(to, manifest.quantization, dtype, group_size, double_quant)
+    if group_size is not None or double_quant is not None:
+        raise UsageError(
+            "--to gguf takes groups and scales as --gguf-type has them; leave out the rest"
+        )
+    if manifest.task != "causal-lm":
+        raise Unsupported("--to gguf takes language models; for others choose int8, int4 or nf4")
+    return gguf_spec(gguf_type, manifest.quantization)
+
+
 def _write(
+    staging: Path,
+    weights: Weights,
+    companions: Path,
+    selection: Selection,
+    spec: QuantSpec,
+    tag: str,
+) -> tuple[QuantSpec, list[LayerRetention]]:
+    """Write the weights in the layout of `spec`; that with the fingerprint of the codes, and what survives."""
+    if spec.backend == "gguf":
+        return spec, write_gguf(staging, weights, companions, selection, spec, tag)
+    layers: list[LayerRetention] = []
+    fingerprint = _write_codes(staging, weights, selection, spec, layers)
+    return spec.model_copy(update={"fingerprint": fingerprint}), layers
+
+
+def _write_codes(
     staging: Path,
     weights: Weights,
     selection: Selection,
@@ -170,14 +209,13 @@ def _advice(layers: list[LayerRetention]) -> str:
     return f"{worst} keeps least of its weight change ({known[worst]:.1%}); {_ADVICE}"
 
 
-def _complete(spec: QuantSpec, selection: Selection, fingerprint: str) -> QuantSpec:
+def _complete(spec: QuantSpec, selection: Selection) -> QuantSpec:
     modules, tensors = zip(*sorted(selection.tensors.items()), strict=True)
     return spec.model_copy(
         update={
             "modules": modules,
             "tensors": tensors,
             "skip_modules": selection.skipped,
-            "fingerprint": fingerprint,
         }
     )
 
@@ -185,11 +223,13 @@ def _complete(spec: QuantSpec, selection: Selection, fingerprint: str) -> QuantS
 def _manifest(
     checkpoint: Checkpoint, spec: QuantSpec, layers: list[LayerRetention], min_retention: float
 ) -> Manifest:
+    kind = spec.extras.get(GGUF_TYPE)
     options: dict[str, object] = {
-        "to": spec.scheme,
+        "to": spec.scheme or spec.backend,
         "group_size": spec.group_size or WHOLE,
         "double_quant": spec.double_quant,
         "min_retention": min_retention,
+        **({} if kind is None else {GGUF_TYPE: kind}),
     }
     kept = overall(layers)
     if kept is not None:
@@ -202,5 +242,5 @@ def _manifest(
             "worst_weight_retention": float(f"{worst.retention or 0.0:.4g}"),
         }
     step = next_step("pack", parents=(checkpoint.digest,), options=options)
-    tag = f"{checkpoint.manifest.tag}_{spec.scheme}"
+    tag = f"{checkpoint.manifest.tag}_{spec.scheme or kind}"
     return checkpoint.manifest.with_step(step, kind="packed", tag=tag, quantization=spec, files={})

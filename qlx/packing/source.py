@@ -31,6 +31,10 @@ class Weights(Protocol):
         """All tensor names, sorted."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, known without reading it."""
+        ...
+
     def value(self, name: str, *, full: bool) -> Tensor:
         """The tensor to store; `full` gives it in fp32, before any rounding to the stored dtype."""
         ...
@@ -56,6 +60,10 @@ class WholeWeights:
     def names(self) -> list[str]:
         """All tensor names, sorted."""
         return sorted(self.weights)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in the file's header."""
+        return self.weights[name].shape
 
     def value(self, name: str, *, full: bool) -> Tensor:
         """The stored tensor."""
@@ -92,6 +100,11 @@ class MergedOnTheFly:
     def names(self) -> list[str]:
         """All tensor names of the merged model, sorted."""
         return sorted({*self.plan.weights, *self.plan.changes})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The merged tensor's shape."""
+        change = self.plan.changes.get(name)
+        return self.plan.weights[name].shape if change is None else change.shape
 
     def value(self, name: str, *, full: bool) -> Tensor:
         """The merged tensor."""

@@ -14,27 +14,13 @@ from qlx.quant import dequantize_tensor, packed_fingerprint, quantize_tensor, st
 from qlx.verification import verify
 from qlx.weights import read_tensors
 from tests import adapter_support
-from tests.adapter_support import NF4, Case, make_adapter
+from tests.adapter_support import NF4, Case, flip_rows, make_adapter
 from tests.isolation import DISTANCE, run_without
 
 TERNARY = QuantSpec(
     method="qlora", weight_bits=2, scheme="ternary", group_size=None, symmetric=True, backend="qlx"
 )
 KINDS = ["vit", "llama"]
-ROWS = 3
-
-
-def flip_rows(adapted, size, seed):
-    """An adapter that turns the sign of some rows: its merged weights lie on the ternary grid."""
-    for module in adapted.modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            weight = module.base_layer.dequantize()
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            with torch.no_grad():
-                a.zero_()
-                b.zero_()
-                a[:ROWS] = weight[:ROWS]
-                b[range(ROWS), range(ROWS)] = -2.0 / module.scaling["default"]
 
 
 @pytest.fixture(scope="module")
