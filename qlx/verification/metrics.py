@@ -3,8 +3,8 @@
 Outputs are logits, `[n, classes]` or `[n, T, vocabulary]`, any float dtype; a mask `[n, T]` (or
 `[n]`) leaves out the positions that are padding. Heatmaps `[n, K, h, w]` are a position for each
 of the K keypoints and a class for each cell: softmax is taken over the cells, KL is between the
-places where each model expects the keypoint, and the arg max is the peak's cell. Everything is computed in float64, in blocks of
-rows, so that a large vocabulary needs no second copy of the logits.
+places where each model expects the keypoint, and the arg max is the peak's cell. Everything is
+computed in float64, in blocks of rows, so that a large vocabulary needs no second copy of the logits.
 """
 
 from collections.abc import Iterator
