@@ -82,6 +82,36 @@ PYTHON_RUN: dict[str, Any] = {
     "probe": {"count": 6, "max_length": 24},
 }
 
+TENNIS_BASE: dict[str, Any] = {
+    "name": "tennis-base",
+    "task": "heatmap",
+    "base": {
+        "from_scratch": {
+            "model_type": "vitpose",
+            "hidden_size": 64,
+            "layers": 2,
+            "heads": 2,
+            "intermediate_size": 128,
+            "image_size": [48, 80],
+            "patch_size": 8,
+        }
+    },
+    "data": {"source": "tracknet", "path": "CLIPS", "sigma": 1.5},
+    "training": {"max_steps": 120, "batch_size": 16, "learning_rate": 6e-3, "warmup_ratio": 0.1},
+    "probe": {"count": 6},
+}
+
+TENNIS_RUN: dict[str, Any] = {
+    "name": "tennis-qlora",
+    "task": "heatmap",
+    "base": {"path": "BASE"},
+    "data": {"source": "tracknet", "path": "CLIPS", "sigma": 1.5},
+    "adapter": {"rank": 8, "alpha": 12},
+    "quantization": {"quant_type": "nf4", "double_quant": True},
+    "training": {"max_steps": 80, "batch_size": 16, "learning_rate": 8e-3, "warmup_ratio": 0.1},
+    "probe": {"count": 6},
+}
+
 FP4 = {"quant_type": "fp4", "double_quant": False}
 
 
@@ -103,13 +133,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], Path]:
-    """`trained(name, recipe)`: the run of a recipe, trained by the first worker that asks."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of what is made once and shared between workers."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    shared = Path(os.environ.get("QLX_TEST_CACHE") or root / "trained")
-    shared.mkdir(parents=True, exist_ok=True)
+    directory = Path(os.environ.get("QLX_TEST_CACHE") or root / "trained")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def trained(shared: Path) -> Callable[[str, Any], Path]:
+    """`trained(name, recipe)`: the run of a recipe, trained by the first worker that asks."""
 
     def train_once(name: str, recipe: Any) -> Path:
         from qlx.training import train
@@ -137,6 +173,62 @@ def digits_run(trained: Callable[[str, Any], Path], digits_base: Path) -> Path:
 @pytest.fixture(scope="session")
 def digits_run_fp4(trained: Callable[[str, Any], Path], digits_base: Path) -> Path:
     return trained("digits-fp4", recipe_of(DIGITS_RUN, digits_base, quantization=FP4))
+
+
+@pytest.fixture(scope="session")
+def tennis_clips(shared: Path) -> Path:
+    """Clips of a bright ball in `bright`, and of one that is hard to see in `dim`."""
+    from tests.clips_support import BRIGHT, DIM, draw_clips
+
+    root = shared / "clips"
+    with _locked(shared / "clips.lock"):
+        for name, colour in (("bright", BRIGHT), ("dim", DIM)):
+            if not (root / name).exists():
+                draw_clips(root / "partial" / name, colour=colour)
+                (root / "partial" / name).rename(root / name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tennis_base(trained: Callable[[str, Any], Path], tennis_clips: Path) -> Path:
+    data = {**TENNIS_BASE["data"], "path": str(tennis_clips / "bright")}
+    return trained("tennis-base", recipe_of(TENNIS_BASE, data=data))
+
+
+@pytest.fixture(scope="session")
+def tennis_run(trained: Callable[[str, Any], Path], tennis_base: Path, tennis_clips: Path) -> Path:
+    data = {**TENNIS_RUN["data"], "path": str(tennis_clips / "dim")}
+    return trained("tennis-qlora", recipe_of(TENNIS_RUN, tennis_base, data=data))
+
+
+@pytest.fixture(scope="session")
+def tennis_models(
+    tennis_run: Path, tennis_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Everything that is made of the heatmap adapter, by kind (`original`: merged onto the original base)."""
+    from qlx.exporting import export_onnx
+    from qlx.merging import merge
+    from qlx.packing import pack
+    from qlx.training import save_adapter
+
+    root = tmp_path_factory.mktemp("tennis")
+    at = {name: root / name for name in ("adapter", "merged", "original", "packed", "fp4")}
+    save_adapter(tennis_run, at["adapter"], base=str(tennis_base))
+    merge(tennis_base, [at["adapter"]], at["merged"])
+    merge(tennis_base, [at["adapter"]], at["original"], onto="original")
+    pack(at["merged"], at["packed"], to="nf4", base=tennis_base)
+    pack(at["merged"], at["fp4"], to="fp4", base=tennis_base, min_retention=0.5)
+    graphs = {
+        "onnx": ("merged", None),
+        "onnx-fp16": ("merged", "fp16"),
+        "onnx-nf4": ("packed", None),
+        "onnx-fp4": ("fp4", None),
+        "onnx-separate": ("adapter", None),
+    }
+    for name, (source, precision) in graphs.items():
+        base = tennis_base if source == "adapter" else None
+        export_onnx(at[source], root / name, base=base, precision=precision)
+    return {"base": tennis_base, "run": tennis_run} | at | {name: root / name for name in graphs}
 
 
 @pytest.fixture(scope="session")

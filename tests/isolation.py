@@ -14,15 +14,20 @@ from safetensors.numpy import load_file
 
 def plain_model(path):
     import transformers
-    vision = "ForImageClassification" in json.loads(pathlib.Path(path, "config.json").read_text())["architectures"][0]
-    auto = transformers.AutoModelForImageClassification if vision else transformers.AutoModelForCausalLM
+    name = json.loads(pathlib.Path(path, "config.json").read_text())["architectures"][0]
+    auto = transformers.AutoModelForCausalLM
+    if "ForImageClassification" in name:
+        auto = transformers.AutoModelForImageClassification
+    if name == "VitPoseForPoseEstimation":
+        auto = transformers.VitPoseForPoseEstimation
     return auto.from_pretrained(path)
 
 def distance(model, path, output="reference"):
     probe = load_file(path + "/probe.safetensors")
     inputs = {name[6:]: torch.from_numpy(v) for name, v in probe.items() if name.startswith("input.")}
     with torch.inference_mode():
-        given = model.eval()(**inputs).logits.float().numpy()
+        made = model.eval()(**inputs)
+        given = (made.heatmaps if "heatmaps" in made else made.logits).float().numpy()
     wanted = probe["output." + output]
     if "attention_mask" in inputs:
         rows = inputs["attention_mask"].numpy().astype(bool)
