@@ -40,6 +40,11 @@ def _bytes(ctx: click.Context, option: click.Parameter, text: str | None) -> int
     help="Data type of the merged weights (default: each tensor keeps the type it has in the base).",
 )
 @click.option(
+    "--head-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Data type of a language model's head alone, such as float16 beside --dtype bfloat16.",
+)
+@click.option(
     "--allow-erased",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
@@ -79,6 +84,7 @@ def command(
     force: bool,
     onto: Literal["as-trained", "original"] | None,
     dtype: str | None,
+    head_dtype: str | None,
     allow_erased: float | None,
     method: str | None,
     weights: tuple[float, ...],
@@ -98,7 +104,13 @@ def command(
     combination = chosen_combination(method, weights, density, seed)
     if dry_run:
         plan = outline(
-            base, list(adapters), onto=onto, dtype=dtype, combination=combination, max_ram=max_ram
+            base,
+            list(adapters),
+            onto=onto,
+            dtype=dtype,
+            head_dtype=head_dtype,
+            combination=combination,
+            max_ram=max_ram,
         )
         session.emit(render.outline_data(plan, max_ram), render.print_outline)
         return
@@ -108,6 +120,7 @@ def command(
         output,
         onto=onto,
         dtype=dtype,
+        head_dtype=head_dtype,
         force=force,
         max_erased=MAX_ERASED if allow_erased is None else allow_erased,
         combination=combination,

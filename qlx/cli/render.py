@@ -64,6 +64,13 @@ def print_made(console: "Console", data: Mapping[str, Any]) -> None:
     _print_results(console, data["results"])
 
 
+def print_trained(console: "Console", data: Mapping[str, Any]) -> None:
+    """The run, and the merged model where the recipe asked for it."""
+    print_made(console, data)
+    if "merged" in data:
+        print_made(console, data["merged"])
+
+
 def merge_data(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a merge reports: the checkpoint, the share that rounding erased, how it was proven."""
     options = checkpoint.manifest.lineage[-1].options

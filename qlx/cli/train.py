@@ -62,8 +62,10 @@ def command(
     """Train what a recipe describes.
 
     Writes a run with its probe, metrics and report; the output defaults to runs/NAME, with the
-    name that RECIPE gives.
+    name that RECIPE gives. Where the recipe says merge_after_train, the merged model is written beside
+    it, to OUTPUT-merged.
     """
+    from qlx.checkpoint import check_output
     from qlx.cli import render
     from qlx.errors import InputRefused, Interrupted, UsageError
     from qlx.recipe import load_recipe
@@ -74,6 +76,8 @@ def command(
         session.emit(_checked(loaded), render.print_dry_run)
         return
     target = output or Path("runs") / loaded.name
+    if _merges(loaded):
+        check_output(_merged_path(target), (loaded.base.path,), force=force)
     try:
         run = train(loaded, target, resume=resume, force=force, report=session.report)
     except KeyboardInterrupt as error:
@@ -83,7 +87,36 @@ def command(
     except Exception:
         session.report(_way_on(recipe, overrides, target, force))
         raise
-    session.emit(render.checkpoint_data(run), render.print_made)
+    data = render.checkpoint_data(run)
+    if _merges(loaded):
+        data["merged"] = _merge(session, loaded, run.path, force)
+    session.emit(data, render.print_trained)
+
+
+def _merges(recipe: "Recipe") -> bool:
+    """Whether a merged model is asked for and there is an adapter to merge."""
+    return recipe.merge_after_train and recipe.adapter is not None
+
+
+def _merged_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}-merged")
+
+
+def _merge(session: Session, recipe: "Recipe", run: Path, force: bool) -> dict[str, Any]:
+    """Merge what was just trained; the run stays whatever becomes of that."""
+    from qlx.cli import render
+    from qlx.merging import merge
+
+    base = recipe.base
+    merged = merge(
+        base.path if base.revision is None else f"{base.path}@{base.revision}",
+        [run],
+        _merged_path(run),
+        head_dtype="float16" if recipe.keep_lm_head_fp16 else None,
+        force=force,
+        report=session.report,
+    )
+    return render.checkpoint_data(merged)
 
 
 def _way_on(recipe: Path, overrides: tuple[str, ...], output: Path, force: bool) -> str:

@@ -12,6 +12,7 @@ __all__ = [
     "COMPANION_FILES",
     "carry_probe",
     "copy_companions",
+    "float_name",
     "main_dtype",
     "read_config",
     "write_config",
@@ -76,8 +77,13 @@ def main_dtype(plan: MergePlan) -> str:
     counts: Counter[str] = Counter()
     for name, info in plan.weights.items():
         counts[plan.dtype_of(name)] += info.count
+    return float_name(counts.most_common(1)[0][0])
+
+
+def float_name(dtype: str) -> str:
+    """A safetensors float dtype as `config.json` and the commands call it; float32 for any other."""
     named = {short: name for name, short in FLOATS.items()}
-    return named.get(counts.most_common(1)[0][0], "float32")
+    return named.get(dtype, "float32")
 
 
 def carry_probe(checkpoint: Checkpoint, target: Path) -> None:

@@ -46,6 +46,9 @@ from qlx.verification.prove import record_noise
 
 __all__ = ["Outline", "adapter_checkpoint", "merge", "outline", "plan_of"]
 
+Dtypes = tuple[str | None, str | None]
+"""What all floats are written in, and a language model's head alone; None keeps each tensor's own."""
+
 
 def merge(
     base: str | Path | None,
@@ -54,6 +57,7 @@ def merge(
     *,
     onto: Onto | None = None,
     dtype: str | None = None,
+    head_dtype: str | None = None,
     force: bool = False,
     max_erased: float = MAX_ERASED,
     combination: Combination | None = None,
@@ -65,9 +69,10 @@ def merge(
     `base` may be None where the recorded name resolves. `onto` is `as-trained` (the default where
     the record says how the base was quantized: exactly the tensors quantized in training go
     through their codec first) or `original`. `dtype` is float32, bfloat16, float16 or None to keep
-    each tensor's own. Several adapters are combined first, exactly (`cat`, weights 1) unless
-    `combination` says otherwise. `max_ram` limits the memory of the whole process, in bytes: fewer
-    threads work, and the check is one that fits (see `qlx.merging.proof`).
+    each tensor's own, `head_dtype` the same for a language model's head alone. Several adapters are
+    combined first, exactly (`cat`, weights 1) unless `combination` says otherwise. `max_ram` limits
+    the memory of the whole process, in bytes: fewer threads work, and the check is one that fits
+    (see `qlx.merging.proof`).
 
     Raises:
         Mismatch: adapter, base and records do not belong together.
@@ -87,6 +92,8 @@ def merge(
             f"--max-ram cannot be kept with a {foreign} adapter, which PEFT merges with the whole "
             "model in memory; leave it out"
         )
+    if foreign is not None and head_dtype is not None:
+        raise UsageError(f"--head-dtype is not for a {foreign} adapter, which PEFT merges whole")
     if foreign is not None and base is not None:
         from qlx.merging.through_peft import merge_through_peft
 
@@ -102,7 +109,7 @@ def merge(
             report=tell,
         )
     with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
-        source, plan = _planned(adapter, base, onto, dtype, recorded)
+        source, plan = _planned(adapter, base, onto, (dtype, head_dtype), recorded)
         threads = threads_within(plan, max_ram)
         tell(
             f"merging {len(plan.changes)} of {len(plan.weights)} tensors onto the {plan.onto} base"
@@ -169,6 +176,7 @@ def outline(
     *,
     onto: Onto | None = None,
     dtype: str | None = None,
+    head_dtype: str | None = None,
     combination: Combination | None = None,
     max_ram: int | None = None,
 ) -> Outline:
@@ -187,7 +195,7 @@ def outline(
             f"--dry-run cannot tell what PEFT will do with a {foreign} adapter; merge it without"
         )
     with _one_adapter(adapter_dirs, base, combination) as (adapter, recorded):
-        _, plan = _planned(adapter, base, onto, dtype, recorded)
+        _, plan = _planned(adapter, base, onto, (dtype, head_dtype), recorded)
         proof = proofs_within(plan, max_ram)[0]
         return Outline(
             onto=plan.onto,
@@ -259,7 +267,7 @@ def _planned(
     adapter: Checkpoint,
     base: str | Path | None,
     onto: Onto | None,
-    dtype: str | None,
+    dtypes: Dtypes,
     recorded: bool,
 ) -> tuple[Source, MergePlan]:
     """The base and a plan that holds if the base turns out to be the recorded one.
@@ -270,7 +278,7 @@ def _planned(
     source = find_base(adapter, base)
     assert source is not None
     try:
-        return source, _plan(adapter, source, onto, dtype, recorded)
+        return source, _plan(adapter, source, onto, dtypes, recorded)
     except InputRefused:
         require_base(adapter.manifest, source)
         raise
@@ -285,13 +293,13 @@ def plan_of(
         Mismatch: they do not belong together, or quantizing the base gives other codes.
         Unsupported: the adapter uses a feature that cannot be merged.
     """
-    plan = _plan(adapter, source, onto, dtype, recorded)
+    plan = _plan(adapter, source, onto, (dtype, None), recorded)
     require_codes(plan)
     return plan
 
 
 def _plan(
-    adapter: Checkpoint, source: Source, onto: Onto | None, dtype: str | None, recorded: bool
+    adapter: Checkpoint, source: Source, onto: Onto | None, dtypes: Dtypes, recorded: bool
 ) -> MergePlan:
     manifest = adapter.manifest
     return plan_merge(
@@ -299,7 +307,8 @@ def _plan(
         manifest,
         read_adapter(adapter.path),
         onto=choose_onto(manifest.quantization, onto, recorded),
-        dtype=dtype,
+        dtype=dtypes[0],
+        head_dtype=dtypes[1],
         config=read_config(source.path),
     )
 

@@ -44,7 +44,8 @@ NO_EFFECT = (
 class MergePlan:
     """A checked merge: the base's files, the changes by tensor name, and the dtype of all floats.
 
-    `cast` is the safetensors dtype that every float tensor is written in, None to keep each one's.
+    `cast` is the safetensors dtype that every float tensor is written in, None to keep each one's;
+    `head_cast` is that of a language model's head where it is to have another one.
     `config` holds the fields of `config.json` that the merge changes. `untouched` names the tensors
     whose update in the adapter is exactly zero: they are in no change of the adapter's.
     """
@@ -56,12 +57,14 @@ class MergePlan:
     cast: str | None
     config: Mapping[str, object] = field(default_factory=dict)
     untouched: tuple[str, ...] = ()
+    head_cast: str | None = None
 
     def dtype_of(self, name: str) -> str:
         """The safetensors dtype that tensor `name` is written in."""
         if name in self.changes:
             return self.changes[name].dtype
-        return _cast(self.weights[name].dtype, self.cast)
+        cast = self.cast if name != HEAD else self.head_cast or self.cast
+        return _cast(self.weights[name].dtype, cast)
 
     @property
     def in_place(self) -> bool:
@@ -82,8 +85,9 @@ class MergePlan:
 
     @property
     def rounds(self) -> bool:
-        """Whether any tensor that the adapter changes is written in less than 32 bits."""
-        return any(change.dtype != "F32" for change in self.changes.values())
+        """Whether a tensor that the adapter changes, or the head, is written in less than 32 bits."""
+        changed = any(change.dtype != "F32" for change in self.changes.values())
+        return changed or self.head_cast not in (None, "F32")
 
 
 def _cast(dtype: str, cast: str | None) -> str:
@@ -114,20 +118,21 @@ def plan_merge(
     onto: Onto,
     dtype: str | None,
     config: Mapping[str, object],
+    head_dtype: str | None = None,
 ) -> MergePlan:
     """Decide what happens to each tensor of the base.
 
-    `dtype` is float32, bfloat16, float16 or None (each tensor keeps its own); `config` is the
-    base's `config.json`.
+    `dtype` is float32, bfloat16, float16 or None (each tensor keeps its own), `head_dtype` the same
+    for the head of a language model alone; `config` is the base's `config.json`.
 
     Raises:
         Mismatch: a target is not in the base, has another shape, or the adapter lacks a module
             that its record lists.
-        Unsupported: an update whose meaning is not known, or an unknown dtype.
+        Unsupported: an update whose meaning is not known, an unknown dtype, or one for a head that
+            has no tensor of its own.
         CheckFailed: every update in the adapter is zero.
     """
-    if dtype is not None and dtype not in FLOATS:
-        raise Unsupported(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+    cast, head_cast = _float(dtype), _float(head_dtype)
     if manifest.adapter is None:
         raise Mismatch(f"checkpoint {manifest.tag!r} holds no adapter to merge")
     if manifest.quantization.activation_bits is not None:
@@ -141,15 +146,26 @@ def plan_merge(
     updates = _updates(base, adapter)
     if not updates.names:
         raise CheckFailed(NO_EFFECT)
-    cast = None if dtype is None else FLOATS[dtype]
     changes = {
-        name: updates.change(name, base, cast, as_trained)
+        name: updates.change(name, base, cast if name != HEAD else head_cast or cast, as_trained)
         for name in sorted({*seen, *updates.names})
     }
     if base.tied is not None:
         changes = settle(changes, base.tied, head_stored=HEAD in weights)
+    if head_cast is not None and HEAD not in {*weights, *changes}:
+        raise Unsupported(
+            f"there is no tensor {HEAD!r} of its own to write as {head_dtype}: the model is no language model, or "
+            "its head is its input embedding; leave --head-dtype out"
+        )
     fields = _config_fields(weights, changes)
-    return MergePlan(weights, manifest.quantization, onto, changes, cast, fields, updates.untouched)
+    spec, untouched = manifest.quantization, updates.untouched
+    return MergePlan(weights, spec, onto, changes, cast, fields, untouched, head_cast)
+
+
+def _float(dtype: str | None) -> str | None:
+    if dtype is not None and dtype not in FLOATS:
+        raise Unsupported(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+    return None if dtype is None else FLOATS[dtype]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from qlx.merging.companions import main_dtype
+from qlx.merging.companions import float_name, main_dtype
 from qlx.merging.plan import MergePlan
+from qlx.merging.tied import HEAD
 from qlx.merging.values import MAX_ERASED, Rounding, check_effect, left_alone
 
 __all__ = ["merge_options", "untouched_tensors", "untouched_text"]
@@ -30,6 +31,8 @@ def merge_options(
         "adapted_tensors": len(roundings) - len(left_alone(roundings)),
         "erased_share": float(f"{erased:.3g}"),
     }
+    if plan.head_cast is not None:
+        options["head_dtype"] = float_name(plan.dtype_of(HEAD))
     untouched = untouched_tensors(plan, roundings)
     if untouched:
         options["untouched_tensors"] = untouched

@@ -258,7 +258,11 @@ class ProbeSection(_Section):
 
 
 class Recipe(_Section):
-    """One training, completely described."""
+    """One training, completely described.
+
+    With `merge_after_train` the adapter is merged into its base as soon as it is trained, beside the run;
+    `keep_lm_head_fp16` stores a language model's head in float16 there, whatever the other weights are in.
+    """
 
     name: Annotated[
         str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -270,6 +274,8 @@ class Recipe(_Section):
     quantization: QuantizationSection | None = None
     training: TrainingSection = TrainingSection()
     probe: ProbeSection = ProbeSection()
+    merge_after_train: bool = False
+    keep_lm_head_fp16: bool = False
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -280,6 +286,10 @@ class Recipe(_Section):
         if self.base.from_scratch is not None and self.adapter is not None:
             raise ValueError(
                 "an adapter needs a pretrained base; give base.path instead of base.from_scratch"
+            )
+        if self.keep_lm_head_fp16 and not (self.merge_after_train and self.task == "causal-lm"):
+            raise ValueError(
+                "keep_lm_head_fp16 is about the merged language model; set merge_after_train, or leave it out"
             )
         if self.data.task != self.task:
             raise ValueError(f"data.source {self.data.source!r} does not fit task {self.task!r}")

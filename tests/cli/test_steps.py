@@ -297,3 +297,44 @@ def test_a_recipe_is_trained_resumed_and_checked(tmp_path):
     code, _, err = call("train", recipe, "--set", "training.batchsize=3", "--dry-run")
     assert code == 3
     assert "batch_size" in err
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_the_adapter_is_merged_after_training_where_there_is_one(python_base, tmp_path, adapted):
+    recipe = tmp_path / "python.yaml"
+    recipe.write_text(
+        f"name: python\ntask: causal-lm\nbase: {{path: {python_base}}}\n"
+        "data: {source: python-docstrings, train_limit: 32, eval_limit: 8, max_length: 48}\n"
+        "training: {max_steps: 2, batch_size: 4}\nprobe: {count: 4}\nmerge_after_train: true\n"
+        + ("qlora_r: 4\nqlora_lora_alpha: 6\nkeep_lm_head_fp16: true\n" if adapted else "")
+    )
+    merged = tmp_path / "run-merged"
+    made = result("train", recipe, "-o", tmp_path / "run")
+    assert made["kind"] == "run"
+    assert merged.exists() == ("merged" in made) == adapted
+    if adapted:
+        assert made["merged"]["path"] == str(merged)
+        assert result("verify", merged)["passed"] is True
+        assert '"head_dtype": "float16"' in (merged / "qlx.json").read_text()
+        assert call("train", recipe, "-o", tmp_path / "run", "--force")[0] == 0
+        assert call("train", recipe, "-o", tmp_path / "other", "--dry-run")[0] == 0
+
+
+def test_a_place_for_the_merged_model_is_asked_for_before_training(python_base, tmp_path):
+    recipe = tmp_path / "python.yaml"
+    recipe.write_text(
+        f"name: python\ntask: causal-lm\nbase: {{path: {python_base}}}\nqlora_r: 4\n"
+        "data: {source: python-docstrings}\nmerge_after_train: true\n"
+    )
+    (tmp_path / "run-merged").mkdir()
+    (tmp_path / "run-merged" / "notes.txt").write_text("mine")
+    code, _, err = call("train", recipe, "-o", tmp_path / "run")
+    assert (code, "run-merged" in err) == (2, True)
+    assert not list(tmp_path.glob("run*partial")) and not (tmp_path / "run").exists()
+
+
+def test_a_head_to_keep_needs_a_merge(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe.write_text(recipe.read_text() + "keep_lm_head_fp16: true\n")
+    code, _, err = call("train", recipe, "--dry-run")
+    assert (code, "keep_lm_head_fp16" in err) == (3, True)

@@ -241,6 +241,38 @@ def test_another_dtype_rewrites_every_float(tmp_path, bases):
     assert report.comparisons["own"].relative < 1e-6
 
 
+@pytest.mark.parametrize("saved", [(), ("lm_head",)], ids=["base's head", "trained head"])
+def test_the_head_alone_can_have_another_dtype(tmp_path, bases, saved):
+    base = bases("llama")
+    adapter = make_adapter(
+        base, tmp_path / "adapter", Case(quant=NF4, options={"modules_to_save": saved})
+    )
+    exact = read_tensors(merge(base, [adapter.path], tmp_path / "exact").path)
+    merged = merge(base, [adapter.path], tmp_path / "half", head_dtype="float16")
+    half = read_tensors(merged.path)
+    assert half["lm_head.weight"].dtype == torch.float16
+    assert torch.equal(half["lm_head.weight"], exact["lm_head.weight"].half())
+    assert all(torch.equal(half[name], exact[name]) for name in exact if name != "lm_head.weight")
+    options = merged.manifest.lineage[-1].options
+    assert (options["dtype"], options["head_dtype"], options["exact"]) == (
+        "float32",
+        "float16",
+        False,
+    )
+    report = verify(merged.path)
+    assert report.passed
+    assert 1e-5 < report.comparisons["reference"].relative < 8 * HALF_ULP[torch.float16]
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("vit", False)])
+def test_a_head_without_a_tensor_of_its_own_has_no_dtype(tmp_path, bases, kind, tied):
+    base = bases(kind, tied=tied)
+    adapter = make_adapter(base, tmp_path / "adapter", Case(kind))
+    with pytest.raises(Unsupported, match="--head-dtype"):
+        merge(base, [adapter.path], tmp_path / "merged", head_dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_wider_dtype_makes_a_sixteen_bit_base_exact(tmp_path, bases):
     base = bases("llama", torch.bfloat16)
     adapter = make_adapter(base, tmp_path / "adapter", Case())
