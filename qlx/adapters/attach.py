@@ -90,6 +90,7 @@ def attach_adapter(model: nn.Module, section: AdapterSection, *, task: str | Non
     names = [name for name, _ in model.named_modules()]
     _check_named("target_modules", targets, names)
     _check_named("modules_to_save", section.modules_to_save, names)
+    _check_no_counters(model, section.modules_to_save)
     adapted = [n for n in names if any(f".{n}".endswith(f".{target}") for target in targets)]
     _check_patterns("rank_pattern", section.rank_pattern, adapted)
     _check_patterns("alpha_pattern", section.alpha_pattern, adapted)
@@ -104,6 +105,18 @@ def _check_named(field: str, entries: Iterable[str], names: list[str]) -> None:
         wider = [n for n in names if n.endswith(entry) and not f".{n}".endswith(f".{entry}")]
         if wider and field == "modules_to_save":
             raise Unsupported(f"adapter.{field}: PEFT would also train {wider[0]!r} for {entry!r}")
+
+
+def _check_no_counters(model: nn.Module, saved: Iterable[str]) -> None:
+    """An adapter carries weights; batch normalisation would change its base's statistics and count batches."""
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        inside = [part for part in saved if f".{part}." in f".{name}."]
+        if inside and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise Unsupported(
+                f"adapter.modules_to_save: {inside[0]!r} holds batch normalisation ({parts[-1]}), whose statistics an "
+                "adapter cannot carry; name the layers beside it, such as head.conv"
+            )
 
 
 def _check_patterns(field: str, patterns: Mapping[str, float], adapted: list[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
@@ -17,7 +17,7 @@ from qlx.inputs import (
     rescaled,
 )
 
-__all__ = ["HeatmapDataset", "focal_loss"]
+__all__ = ["HeatmapDataset", "focal_loss", "hold_statistics"]
 
 
 class HeatmapDataset(Dataset[dict[str, Any]]):
@@ -42,6 +42,16 @@ class HeatmapDataset(Dataset[dict[str, Any]]):
             "pixel_values": torch.from_numpy(batch.inputs["pixel_values"][0]),
             "labels": torch.from_numpy(target),
         }
+
+
+def hold_statistics(model: nn.Module) -> None:
+    """Let batch normalisation (in ViTPose's classic head) use the base's statistics, and leave them as they are.
+
+    In training mode it would replace them, batch by batch, in a base that is said to be frozen.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
 
 
 def focal_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -232,11 +232,11 @@ def new_head(recipe: Recipe, labels: Labels, base: Path) -> Labels | None:
     names = tuple(str(known[key]) for key in sorted(known, key=int))
     if names == labels.names:
         return None
-    head = "head" if recipe.task == "heatmap" else "classifier"
-    if recipe.adapter is not None and head not in recipe.adapter.modules_to_save:
+    heads = {"heatmap": ("head.conv", "head")}.get(recipe.task, ("classifier",))
+    if recipe.adapter is not None and not {*heads} & {*recipe.adapter.modules_to_save}:
         raise Unsupported(
             f"the base tells {len(names)} other classes apart than the data's {len(labels.names)}; "
-            f"add adapter.modules_to_save: [{head}], so that a new head is trained"
+            f"add adapter.modules_to_save: [{heads[0]}], so that a new head is trained"
         )
     return labels
 

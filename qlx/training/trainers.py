@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer for images and heatmaps, TRL's SFTTrainer for text, made resumable and strict.
+"""The training loop: transformers' Trainer for pictures, TRL's SFTTrainer for text, made resumable and strict.
 
 Both keep their own arithmetic. What is replaced: the order of the data (a function of seed and
 epoch), what is saved (no pickle), and what happens on a loss that is no number (it stops).
@@ -16,7 +16,7 @@ from qlx.checkpoint import Task
 from qlx.errors import CheckFailed, require
 from qlx.inputs import Encoded, ImagePreprocessor, ImageSplit
 from qlx.recipe import TrainingSection
-from qlx.training.heatmaps import HeatmapDataset, focal_loss
+from qlx.training.heatmaps import HeatmapDataset, focal_loss, hold_statistics
 from qlx.training.state import load_optimizer, load_random, load_trained, save_state
 from qlx.training.trainable import require_in_optimizer
 
@@ -196,6 +196,8 @@ def heatmap_trainer(
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
         ) -> Any:
+            if hasattr(model, "peft_config"):
+                hold_statistics(model)
             outputs = model(pixel_values=inputs["pixel_values"])
             loss = focal_loss(outputs.heatmaps, inputs["labels"])
             return (loss, outputs) if return_outputs else loss

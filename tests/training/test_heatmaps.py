@@ -6,11 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    ViTConfig,
+    ViTForImageClassification,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
+)
 
 from qlx.checkpoint import open_checkpoint, read_probe, resolve_source
 from qlx.errors import InputRefused, Mismatch, RecipeError, Unsupported
+from qlx.exporting import export_onnx
 from qlx.inputs import ImagePreprocessor, load_split
+from qlx.merging import merge
 from qlx.models import Labels, load_model, vitpose_from_vit
 from qlx.recipe import DataSection, Recipe
 from qlx.training import check, train
@@ -209,7 +216,7 @@ def test_other_keypoints_need_a_new_head(tennis_base, tennis_clips, tmp_path):
     config["id2label"], config["label2id"] = {"0": "nose"}, {"nose": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     data = clips(tennis_clips / "bright")
-    with pytest.raises(Unsupported, match=r"modules_to_save: \[head\]"):
+    with pytest.raises(Unsupported, match=r"modules_to_save: \[head\.conv\]"):
         check(recipe_of(TENNIS_RUN, tmp_path, data=data))
     adapter = {**TENNIS_RUN["adapter"], "modules_to_save": ["head"]}
     assert check(recipe_of(TENNIS_RUN, tmp_path, data=data, adapter=adapter)).trained_parameters
@@ -263,3 +270,58 @@ def test_a_recipe_that_makes_no_sense_is_refused(sections, match):
     content = {**TENNIS_BASE, **sections}
     with pytest.raises((ValidationError, RecipeError), match=match):
         Recipe.model_validate(content)
+
+
+# --- The classic head: deconvolutions with batch normalisation, as in the first ViTPose checkpoints
+
+
+@pytest.fixture(scope="module")
+def classic_base(tennis_base, tmp_path_factory):
+    """A plain directory with a classic head whose statistics are those of some batch."""
+    config = VitPoseConfig.from_pretrained(tennis_base)
+    config.use_simple_decoder = False
+    torch.manual_seed(5)
+    model = VitPoseForPoseEstimation(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("classic")
+    model.save_pretrained(path)
+    name = "preprocessor_config.json"
+    (path / name).write_bytes((tennis_base / name).read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("saved", [(), ("head.conv",)], ids=["frozen head", "trained head"])
+def test_an_adapter_leaves_the_statistics_of_its_base(classic_base, tennis_clips, tmp_path, saved):
+    """The run replays (which training checks), and its merge has the base's statistics, bit for bit."""
+    adapter = {"rank": 4, "alpha": 6, "modules_to_save": list(saved)}
+    data = clips(tennis_clips / "bright")
+    recipe = recipe_of(TENNIS_RUN, classic_base, data=data, training=TWO_STEPS, adapter=adapter)
+    run = train(recipe, tmp_path / "run")
+    merged = read_tensors(merge(classic_base, [run.path], tmp_path / "merged").path)
+    before = read_tensors(classic_base)
+    assert merged.keys() == before.keys()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(merged[f"head.batchnorm1.{name}"], before[f"head.batchnorm1.{name}"])
+    assert torch.equal(merged["head.conv.weight"], before["head.conv.weight"]) is not bool(saved)
+    export_onnx(tmp_path / "merged", tmp_path / "onnx")
+
+
+def test_a_head_with_statistics_is_not_saved_whole(classic_base, tennis_clips):
+    adapter = {"rank": 4, "modules_to_save": ["head"]}
+    recipe = recipe_of(
+        TENNIS_RUN, classic_base, data=clips(tennis_clips / "bright"), adapter=adapter
+    )
+    with pytest.raises(Unsupported, match=r"'head' holds batch normalisation.*head\.conv"):
+        check(recipe)
+
+
+def test_all_of_a_classic_head_is_trained_without_an_adapter(classic_base, tennis_clips, tmp_path):
+    start = {**TENNIS_BASE, "base": {"path": str(classic_base)}}
+    recipe = recipe_of(start, data=clips(tennis_clips / "bright"), training=TWO_STEPS)
+    after = read_tensors(train(recipe, tmp_path / "run").path)
+    before = read_tensors(classic_base)
+    name = "head.batchnorm1.running_mean"
+    assert not torch.equal(after[name], before[name])
