@@ -19,6 +19,7 @@ from qlx.models import (
 )
 from qlx.recipe import Recipe
 from qlx.training.job import base_quantization, new_head, quant_spec, starts_from_vit
+from qlx.training.material import frame_preprocessor
 from qlx.training.tags import tag_of
 from qlx.weights import open_weights
 
@@ -147,6 +148,9 @@ def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
     read_config(base, recipe.task)
     if labels is None:
         TextCodec.from_directory(base)
+    elif isinstance(train, KeypointSplit):
+        frame_preprocessor(recipe, base)
+        new_head(recipe, labels, base)
     else:
         ImagePreprocessor.from_directory(base)
         new_head(recipe, labels, base)

@@ -37,6 +37,7 @@ __all__ = [
     "KeypointMaterial",
     "Material",
     "TextMaterial",
+    "frame_preprocessor",
     "load_material",
 ]
 
@@ -160,7 +161,7 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
     train, evaluation = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
     digest = split_digest(train)
     if isinstance(train, KeypointSplit) and isinstance(evaluation, KeypointSplit):
-        preprocessor = _frame_preprocessor(recipe, base)
+        preprocessor = frame_preprocessor(recipe, base)
         files = {PREPROCESSOR_FILE: preprocessor.to_bytes()}
         return KeypointMaterial(train, evaluation, preprocessor, files, digest)
     if isinstance(train, ImageSplit) and isinstance(evaluation, ImageSplit):
@@ -198,7 +199,7 @@ def _preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
     return ImagePreprocessor(size=section.image_shape)
 
 
-def _frame_preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
+def frame_preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
     """Whole frames resized to the model's size, with the base's colours.
 
     ViTPose's own preprocessing cuts a person out of the image by a box; there is none here.

@@ -135,6 +135,27 @@ def test_an_adapter_can_be_tried_by_hand(line, tmp_path):
         assert call(*asked, "--input", line.run / "recipe.yaml")[0] == 2
 
 
+def test_a_heatmap_model_says_where_the_ball_is(tennis_base, tennis_models, tennis_clips, tmp_path):
+    frames = sorted(tennis_clips.glob("bright/game1/Clip2/*.png"))[:2]
+    asked = ("load-adapter", "--base", tennis_base, "--adapter", tennis_models["adapter"])
+    code, out, err = call(*asked, "--input", frames[0])
+    assert code == 0, err
+    assert re.search(
+        r"^ball: (x [\d.-]+, y [\d.-]+|not in the frame) \([\d.]+%\)$", out, re.MULTILINE
+    )
+    code, _, err = call(*asked, "--input", frames[0], "--input", frames[1])
+    assert (code, "sees 1 frames at once, not 2" in err) == (3, True)
+    assert call(*asked, "--prompt", "x")[0] == 2
+    (tmp_path / "data.yaml").write_text(
+        f"name: x\ntask: heatmap\nbase: {{path: {tennis_base}}}\ndata: {{source: tracknet, path: {tennis_clips}/dim}}\n"
+    )
+    code, out, err = call("eval", tennis_models["onnx"], "--data", tmp_path / "data.yaml")
+    assert code == 0, err
+    assert "40 heatmaps" in out
+    assert re.search(r"^  f1 +0\.\d{4}$", out, re.MULTILINE)
+    assert "heatmap" in call("inspect", tennis_models["onnx"])[1]
+
+
 def test_people_get_tables_and_the_same_verdict(line, tmp_path):
     code, out, _ = call(
         "verify", line / "merged", "--junit", tmp_path / "r.xml", "--markdown", tmp_path / "r.md"

@@ -14,12 +14,17 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_of_ours(path, digits_base, python_base):
-    built_in = {"runs/digits-base": digits_base, "runs/python-base": python_base}
-    recipe = load_recipe(path)
+def test_every_recipe_of_ours(path, digits_base, python_base, tennis_base, tennis_clips):
+    built_in = {
+        "runs/digits-base": digits_base,
+        "runs/python-base": python_base,
+        "runs/tennis-base": tennis_base,
+    }
+    drawn = [f"data.path={tennis_clips / 'dim'}", "data.frames=1"] if "tennis" in path.stem else []
+    recipe = load_recipe(path, drawn)
     name = recipe.base.path
     if name in built_in:
-        recipe = load_recipe(path, [f"base.path={built_in[name]}"])
+        recipe = load_recipe(path, [*drawn, f"base.path={built_in[name]}"])
     found = check(recipe)
     assert plan_recipe(recipe).total > 0  # which `train --dry-run` prints beside it
     assert found.train_examples > found.eval_examples > 0

@@ -151,6 +151,8 @@ def test_three_frames_and_a_trained_head(tennis_clips, tmp_path, mode):
     still = recipe_of(TENNIS_RUN, base.path, data=clips(tennis_clips / "bright"))
     with pytest.raises(Mismatch, match=r"sees 3 frames at once, data\.frames is 1"):
         train(still, tmp_path / "never")
+    with pytest.raises(Mismatch, match="sees 3 frames at once"):
+        check(still)
 
 
 def test_training_starts_from_a_plain_vit(plain_vit, tennis_clips, tmp_path):
