@@ -92,7 +92,8 @@ def pack(
     ):
         dtype = _dtype_of(companions)
         spec = _spec(opened.manifest, to, dtype, group_size, double_quant, gguf_type)
-        selection = select_modules(weights, companions, opened.manifest, spec.group_size)
+        smaller = "another --gguf-type" if to == "gguf" else "a smaller --group-size"
+        selection = select_modules(weights, companions, opened.manifest, spec.group_size, smaller)
         spec = fitting_bitnet(
             spec, causal=opened.manifest.task == "causal-lm", biased=selection.biased
         )

@@ -29,13 +29,17 @@ class Selection:
 
 
 def select_modules(
-    weights: Weights, companions: Path, manifest: Manifest, group_size: int | None
+    weights: Weights,
+    companions: Path,
+    manifest: Manifest,
+    group_size: int | None,
+    smaller: str = "a smaller --group-size",
 ) -> Selection:
     """Choose what to pack: what training had quantized, else every eligible linear layer.
 
     Embeddings, heads, norms and layers whose inputs are no multiple of `group_size` (None: of any
-    number) are never packed. `companions` holds the configuration, from which the model is built without memory for
-    its weights.
+    number) are never packed. `companions` holds the configuration, from which the model is built
+    without memory for its weights; `smaller` tells in an error what to choose instead.
 
     Raises:
         Unsupported: nothing can be packed.
@@ -57,7 +61,7 @@ def select_modules(
         widths = sorted({module.in_features for module in linears.values()})
         raise Unsupported(
             f"{companions}: no linear layer can be packed in groups of {group_size}, because none has "
-            f"a multiple of that many inputs ({', '.join(map(str, widths[:6]))}); choose a smaller --group-size"
+            f"a multiple of that many inputs ({', '.join(map(str, widths[:6]))}); choose {smaller}"
         )
     skipped = tuple(name for name in linears if name not in chosen)
     biased = any(linears[name].bias is not None for name in chosen)

@@ -211,6 +211,11 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(tmp_path, made, fi
     assert not (tmp_path / "p").exists()
 
 
+def test_blocks_wider_than_every_layer_are_refused_with_another_choice(tmp_path, merged):
+    with pytest.raises(Unsupported, match=r"groups of 256.*choose another --gguf-type"):
+        pack(merged["llama"].path, tmp_path / "p", to="gguf", gguf_type="TQ2_0")
+
+
 def test_options_and_models_that_gguf_does_not_take(tmp_path, bases, merged):
     for options in ({"group_size": 64}, {"double_quant": True}, {"gguf_type": "Q6_K"}):
         with pytest.raises(UsageError, match="gguf-type"):
