@@ -15,6 +15,7 @@ from qlx.verification import verify
 from qlx.weights import read_tensors
 from tests import adapter_support
 from tests.adapter_support import NF4, Case, flip_rows, make_adapter
+from tests.coded_support import coded_base
 from tests.isolation import DISTANCE, run_without
 
 TERNARY = QuantSpec(
@@ -221,3 +222,15 @@ def test_sizes_are_those_of_theory(packed, case):
     size = sum(after[s + part].nbytes for s in stems for part in ("weight_packed", "weight_scale"))
     weights = sum(int(after[s + "weight_shape"].prod()) for s in stems)
     assert THEORY[case] - 0.13 < 8 * size / weights <= THEORY[case]
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_an_adapter_on_a_base_in_codes_is_packed_to_another_layout(tmp_path, kind):
+    base, _ = coded_base(tmp_path / "base", kind)
+    stored = stored_quantization(json.loads((base / "config.json").read_text())).spec()
+    adapter = make_adapter(base, tmp_path / "adapter", Case("llama", stored))
+    made = pack(adapter.path, tmp_path / "p", to="int8", base=base)
+    assert verify(made.path).passed
+    section = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    assert section["quant_method"] == "compressed-tensors"
+    assert not [name for name in read_tensors(made.path) if name.endswith("qweight")]
