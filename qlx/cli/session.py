@@ -70,6 +70,11 @@ class Session:
     lost: OSError | None = None
     _emitted: bool = False
 
+    def flags(self) -> list[str]:
+        """The options shared by all commands, as they are given to another process."""
+        chosen = (("--json", self.json), ("--quiet", self.quiet), ("--debug", self.debug))
+        return [name for name, on in chosen if on]
+
     def report(self, line: str) -> None:
         """One line of progress, on standard error."""
         if not self.quiet:

@@ -48,6 +48,13 @@ def _print_schema(ctx: click.Context, option: click.Parameter, value: bool) -> N
     callback=_print_schema,
     help="Print the JSON schema of recipes, for editors.",
 )
+@click.option(
+    "--nproc",
+    type=click.IntRange(1, 64),
+    default=1,
+    metavar="N",
+    help="Train in N processes on this machine, which together take N times the batch.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, train nothing.")
 @options.output(required=False)
 def command(
@@ -55,10 +62,11 @@ def command(
     recipe: Path,
     overrides: tuple[str, ...],
     resume: bool,
+    nproc: int,
     dry_run: bool,
     output: Path | None,
     force: bool,
-) -> None:
+) -> int | None:
     """Train what a recipe describes.
 
     Writes a run with its probe, metrics and report; the output defaults to runs/NAME, with the
@@ -69,16 +77,21 @@ def command(
     from qlx.cli import render
     from qlx.errors import InputRefused, Interrupted, UsageError
     from qlx.recipe import load_recipe
-    from qlx.training import train
+    from qlx.training import launch, this_process, train
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
         session.emit(_checked(loaded), render.print_dry_run)
-        return
+        return None
     target = output or Path("runs") / loaded.name
     if _merges(loaded):
         check_output(_merged_path(target), (loaded.base.path,), force=force)
+    if nproc > 1:
+        check_output(target, (loaded.base.path,), force=force)
     try:
+        if nproc > 1:
+            words = _command(recipe, overrides, target, resume=resume, force=force)
+            return launch([*words, *session.flags()], nproc)
         run = train(loaded, target, resume=resume, force=force, report=session.report)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted; {_way_on(recipe, overrides, target, force)}") from error
@@ -87,10 +100,13 @@ def command(
     except Exception:
         session.report(_way_on(recipe, overrides, target, force))
         raise
+    if not this_process().first:
+        return None
     data = render.checkpoint_data(run)
     if _merges(loaded):
         data["merged"] = _merge(session, loaded, run.path, force)
     session.emit(data, render.print_trained)
+    return None
 
 
 def _merges(recipe: "Recipe") -> bool:
@@ -121,15 +137,24 @@ def _merge(session: Session, recipe: "Recipe", run: Path, force: bool) -> dict[s
 
 def _way_on(recipe: Path, overrides: tuple[str, ...], output: Path, force: bool) -> str:
     """What is left of a training that ended early, and the command that goes on with it."""
-    from qlx.training import interrupted_at
+    from qlx.training import interrupted_at, this_process
 
     found = interrupted_at(output)
     if found is None:
         return "nothing was saved yet (training.save_every), and nothing was left behind"
-    changes = [part for text in overrides for part in ("--set", text)]
-    words = ["qlx", "train", str(recipe), *changes, "-o", str(output), "--resume"]
-    command = shlex.join([*words, "--force"] if force else words)
+    words = ["qlx", *_command(recipe, overrides, output, resume=True, force=force)]
+    count = this_process().count
+    command = shlex.join([*words, "--nproc", str(count)] if count > 1 else words)
     return f"the state at step {found[1]} is kept in {found[0]}; go on with: {command}"
+
+
+def _command(
+    recipe: Path, overrides: tuple[str, ...], output: Path, *, resume: bool, force: bool
+) -> list[str]:
+    """The words after `qlx` that train this recipe."""
+    changes = [part for text in overrides for part in ("--set", text)]
+    flags = [name for name, on in (("--resume", resume), ("--force", force)) if on]
+    return ["train", str(recipe), *changes, "-o", str(output), *flags]
 
 
 def _checked(recipe: "Recipe") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from qlx.training.adapter import save_adapter
 from qlx.training.checks import DryRun, check
+from qlx.training.distributed import launch, this_process
 from qlx.training.run import interrupted_at, train
 from qlx.training.trainable import ParameterRow, ParameterTable, parameter_table
 
@@ -11,7 +12,9 @@ __all__ = [
     "ParameterTable",
     "check",
     "interrupted_at",
+    "launch",
     "parameter_table",
     "save_adapter",
+    "this_process",
     "train",
 ]

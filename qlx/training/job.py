@@ -26,6 +26,7 @@ from qlx.models import (
 )
 from qlx.quant import SCALE_DTYPE
 from qlx.recipe import QuantizationSection, Recipe
+from qlx.training.distributed import this_process
 from qlx.training.material import (
     GENERATION_FILE,
     KeypointMaterial,
@@ -61,8 +62,9 @@ class Job:
 
     @property
     def belongs_to(self) -> str:
-        """Identity of the training: the recipe and the weights it starts from."""
-        return f"{self.recipe.digest} {'' if self.source is None else self.source.fingerprint}"
+        """Identity of the training: the recipe, the weights it starts from, the number of processes."""
+        start = "" if self.source is None else self.source.fingerprint
+        return f"{self.recipe.digest} {start} {this_process().count}"
 
 
 def quant_spec(section: QuantizationSection | None, stored_dtype: str) -> QuantSpec:

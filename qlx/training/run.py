@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from qlx.errors import CheckFailed, UsageError, require
 from qlx.inputs import Score
 from qlx.models import CONFIG_FILE, forward_logits, heatmap_grid, load_model, make_probe
 from qlx.recipe import Recipe
+from qlx.training.distributed import Process, join_processes
 from qlx.training.heatmaps import HeatmapDataset
 from qlx.training.job import Job, prepare
 from qlx.training.material import ImageMaterial, KeypointMaterial
@@ -72,7 +74,8 @@ def train(
     """Train what a recipe describes and write the run to `output`.
 
     While it trains, its state lies in `<output>.partial`; with `resume` an interrupted training goes
-    on from there, on CPU in fp32 to the same adapter bytes as if it had not been interrupted.
+    on from there, on CPU in fp32 to the same adapter bytes as if it had not been interrupted. In one
+    of several processes (see `qlx.training.distributed`) all take part and the first one writes.
 
     Args:
         recipe: a validated recipe.
@@ -95,16 +98,32 @@ def train(
         "torch" if packed == "qlx" else packed,
     ):
         require(module, "train")
-    output = Path(output)
+    output, process = Path(output), join_processes()
+    if not process.first:
+        return _take_part(recipe, output, process)
     check_output(output, (recipe.base.path,), force=force)
     with _work(output, resume=resume, force=force) as work:
         if is_checkpoint(work / _STATE):
             require_recipe(work / _STATE, recipe.digest)
+        process.wait()
         job = prepare(recipe, work, report)
         before, trainer = _train(job, work, report)
         with new_checkpoint(output, force=force) as staging:
             _write_run(job, trainer, before, work, staging, report)
     report(f"wrote {output}")
+    process.wait()
+    return open_checkpoint(output)
+
+
+def _take_part(recipe: Recipe, output: Path, process: Process) -> Checkpoint:
+    """Train beside the first process, from the state that it has checked, and write nothing."""
+    process.wait()
+    with tempfile.TemporaryDirectory(prefix="qlx-training-") as scratch:
+        job = prepare(recipe, Path(scratch), lambda line: None)
+        state = _saved_state(_work_directory(output), job)
+        trainer = _trainer(job, Path(scratch))
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    process.wait()
     return open_checkpoint(output)
 
 
@@ -152,7 +171,7 @@ def interrupted_at(output: Path) -> tuple[Path, int] | None:
 
 def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], Any]:
     """The loop; returns the held-out scores from before it, and the trainer."""
-    state = open_state(work / _STATE, job.belongs_to) if is_checkpoint(work / _STATE) else None
+    state = _saved_state(work, job)
     for line in parameter_table(job.model).lines():
         report(line)
     before = _score(job)
@@ -165,6 +184,12 @@ def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], An
         report(f"resuming at step {step}")
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
     return before, trainer
+
+
+def _saved_state(work: Path, job: Job) -> Path | None:
+    """The checked state to go on from; None for a training that starts."""
+    place = work / _STATE
+    return open_state(place, job.belongs_to) if is_checkpoint(place) else None
 
 
 def _trainer(job: Job, work: Path) -> Any:

@@ -79,11 +79,11 @@ def open_state(directory: Path, belongs_to: str) -> Path:
 
     Raises:
         CorruptCheckpoint: a file is not as it was written.
-        Mismatch: it was saved by another recipe or for another base.
+        Mismatch: it was saved by another recipe, for another base or by more or fewer processes.
     """
     state = open_checkpoint(directory)
     if load_json(state.path / _BELONGS_FILE) != {"belongs_to": belongs_to}:
-        raise Mismatch(_other(directory, "base"))
+        raise Mismatch(_other(directory, "base or number of processes"))
     return state.path
 
 

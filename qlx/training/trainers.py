@@ -105,6 +105,8 @@ class StrictTrainer:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
+        if not trainer.is_world_process_zero():
+            return
         save_state(
             self.state_directory,
             model=trainer.model,
@@ -160,6 +162,7 @@ def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": [],
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,  # every trainable parameter has a part in the loss
         **_checkpointing(section),
     }
 

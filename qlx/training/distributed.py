@@ -1,0 +1,117 @@
+"""Training in several processes: torchrun's engine starts them, accelerate keeps them in step.
+
+Every process trains on its share of each batch and gradients are averaged (DistributedDataParallel), so
+that N processes take the steps of one with N times the batch. The first one alone reports and writes.
+`qlx train --nproc N` starts them on one machine; on several, `torchrun … -m qlx train` on each.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGTERM
+
+from qlx.errors import CheckFailed, Interrupted, require
+
+__all__ = ["Process", "join_processes", "launch", "this_process"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of one training."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Go on when all processes have come to this point."""
+        if self.count > 1:
+            require("accelerate", "train").PartialState().wait_for_everyone()
+
+
+def this_process() -> Process:
+    """What torchrun's environment says of this process; the only one where it says nothing."""
+    return Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def join_processes() -> Process:
+    """Meet the other processes of this training, if there are any."""
+    process = this_process()
+    if process.count > 1:
+        import torch
+
+        require("accelerate", "train").PartialState(cpu=not torch.cuda.is_available())
+    return process
+
+
+def launch(arguments: Sequence[str], count: int) -> int:
+    """Run `qlx` with `arguments` in `count` processes on this machine; returns the exit code.
+
+    The first process speaks for all, and says why it ended early. What the others print is shown only
+    where one of them fails.
+
+    Raises:
+        CheckFailed: a process other than the first failed.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = (
+        {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, (cores or 1) // count))}
+    )
+    os.environ.update({name: value for name, value in threads.items() if name not in os.environ})
+    with tempfile.TemporaryDirectory(prefix="qlx-processes-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=str(os.getpid()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(
+                log_dir=logs, redirects=dict.fromkeys(range(1, count), Std.ALL)
+            ),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "qlx", *arguments)
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            return _exit_code(codes, Path(logs))
+        except SignalException:
+            return Interrupted.exit_code
+    return 0
+
+
+def _exit_code(failures: Mapping[int, int], logs: Path) -> int:
+    """The first process's own exit code, of the codes by process; the others are then ended with SIGTERM.
+
+    Raises:
+        CheckFailed: another one failed; with what it said last.
+    """
+    if failures.get(0, -1) > 0:
+        return failures[0]
+    rank, code = min(failures.items(), key=lambda found: (found[1] == -SIGTERM, found))
+    said = [
+        line.removeprefix("qlx: ")
+        for path in logs.rglob(f"{rank}/stderr.log")
+        for line in path.read_text("utf-8", "replace").splitlines()
+        if line.startswith("qlx: ")
+    ]
+    why = said[-1] if said else f"it ended with {code}"
+    raise CheckFailed(f"process {rank} of the training failed: {why}")
