@@ -19,11 +19,13 @@ from qlx.exporting import export_onnx
 from qlx.inputs import ImagePreprocessor, load_split
 from qlx.merging import merge
 from qlx.models import Labels, load_model, vitpose_from_vit
+from qlx.planning import plan_recipe
 from qlx.recipe import DataSection, Recipe
 from qlx.training import check, train
 from qlx.training.heatmaps import HeatmapDataset, focal_loss
 from qlx.weights import open_weights, read_tensors, write_tensors
 from tests.conftest import TENNIS_BASE, TENNIS_RUN, recipe_of
+from tests.training.test_resume import _digests, _run
 
 TWO_STEPS = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3}
 
@@ -327,3 +329,27 @@ def test_all_of_a_classic_head_is_trained_without_an_adapter(classic_base, tenni
     before = read_tensors(classic_base)
     name = "head.batchnorm1.running_mean"
     assert not torch.equal(after[name], before[name])
+
+
+@pytest.mark.exhaustive
+def test_a_killed_training_goes_on_to_the_same_bytes(tennis_base, tennis_clips, tmp_path):
+    data = clips(tennis_clips / "dim", sigma=1.5)
+    training = {"max_steps": 7, "batch_size": 4, "save_every": 2, "learning_rate": 4e-3}
+    adapter = {"rank": 2, "alpha": 3, "dropout": 0.1}
+    recipe = recipe_of(TENNIS_RUN, tennis_base, data=data, training=training, adapter=adapter)
+    assert _run(recipe, tmp_path / "whole") == 0
+    assert _run(recipe, tmp_path / "killed", kill_at=5) != 0
+    assert not (tmp_path / "killed").exists()
+    assert _run(recipe, tmp_path / "killed", resume=True) == 0
+    assert _digests(tmp_path / "killed") == _digests(tmp_path / "whole")
+
+
+def test_the_plan_counts_what_is_there(tennis_base, tennis_clips):
+    """From the recipe that built it, and from the directory; biases are left out of a plan (under 3 % here)."""
+    data = {**TENNIS_BASE["data"], "path": str(tennis_clips / "bright")}
+    built = plan_recipe(recipe_of(TENNIS_BASE, data=data)).shape
+    found = plan_recipe(recipe_of(TENNIS_RUN, tennis_base, data=data)).shape
+    total = sum(tensor.numel() for tensor in read_tensors(tennis_base).values())
+    assert built.tokens == found.tokens == 6 * 10 + 1
+    assert found.parameters == pytest.approx(total, rel=0.03)
+    assert built.parameters == pytest.approx(found.parameters, rel=0.03)
