@@ -26,7 +26,7 @@ __all__ = [
     "WHOLE",
     "GroupSize",
     "Scheme",
-    "fitting_bitnet",
+    "fitted_to",
     "section_of",
     "spec_for",
     "stored_entries",
@@ -46,15 +46,13 @@ _BITNET_CLASS: Literal["autobitlinear"] = "autobitlinear"
 def spec_for(
     to: Scheme,
     before: QuantSpec,
-    dtype: str,
     group_size: GroupSize = None,
     double_quant: bool | None = None,
 ) -> QuantSpec:
     """How weights are packed to `to`.
 
     `before` is how they were quantized in training, from which double quantization is taken where
-    it is not given; `dtype` is the model's own (`float32`), which integer scales are kept in, so that
-    a library which computes in it gets every value exactly.
+    it is not given.
 
     Raises:
         UsageError: a group size or double quantization that `to` does not take.
@@ -73,7 +71,6 @@ def spec_for(
         group_size=_group_size(to, group_size),
         compute_dtype=before.compute_dtype,
         backend="bitsandbytes" if blocks else "compressed-tensors",
-        extras={} if blocks or dtype == "float32" else {SCALE_DTYPE: dtype},
         **fields,
     )
 
@@ -92,16 +89,21 @@ def _group_size(to: Scheme, wanted: GroupSize) -> int | None:
     return int(wanted)
 
 
-def fitting_bitnet(spec: QuantSpec, *, causal: bool, biased: bool) -> QuantSpec:
-    """`spec` in the layout of a Hugging Face BitNet model, where that can hold it.
+def fitted_to(spec: QuantSpec, *, dtype: str, causal: bool, biased: bool) -> QuantSpec:
+    """`spec` for a model whose weights are of `dtype` (`float32`) and whose packed layers may have biases.
 
-    It can for ternary codes with one scale a tensor in a causal language model whose packed layers
-    have no biases (which transformers' layer would multiply by the scale). Its layers round their
-    inputs to 8 bits, and so does ours then.
+    Integer scales are kept in that dtype, so that a library which computes in it gets every value
+    exactly. The layout is that of a Hugging Face BitNet model where that can hold the codes: ternary
+    ones with one scale a tensor in a causal language model without biases there (which
+    transformers' layer would multiply by the scale). Its layers round their inputs to 8 bits, and
+    so do ours then.
     """
-    if spec.scheme != "ternary" or spec.group_size is not None or not causal or biased:
+    if spec.backend != "compressed-tensors":
         return spec
-    return spec.model_copy(update={"backend": "bitnet", "activation_bits": 8})
+    fields: dict[str, object] = {} if dtype == "float32" else {"extras": {SCALE_DTYPE: dtype}}
+    if spec.scheme == "ternary" and spec.group_size is None and causal and not biased:
+        fields |= {"backend": "bitnet", "activation_bits": 8}
+    return spec.model_copy(update=fields)
 
 
 def stored_entries(packed: PackedTensor, name: str, spec: QuantSpec) -> dict[str, Tensor]:

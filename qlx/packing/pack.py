@@ -21,7 +21,7 @@ from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
 from qlx.packing.layouts import (
     WHOLE,
     GroupSize,
-    fitting_bitnet,
+    fitted_to,
     section_of,
     spec_for,
     stored_entries,
@@ -85,18 +85,16 @@ def pack(
     check_output(output, (checkpoint, base), force=force)
     tell = report or (lambda line: None)
     opened = open_checkpoint(Path(checkpoint))
-    _spec(opened.manifest, to, "float32", group_size, double_quant, gguf_type)  # refuses early
+    spec = _spec(opened.manifest, to, group_size, double_quant, gguf_type)
     with (
         weights_to_pack(opened, base) as (weights, companions),
         new_checkpoint(output, force=force) as staging,
     ):
         dtype = _dtype_of(companions)
-        spec = _spec(opened.manifest, to, dtype, group_size, double_quant, gguf_type)
         smaller = "another --gguf-type" if to == "gguf" else "a smaller --group-size"
         selection = select_modules(weights, companions, opened.manifest, spec.group_size, smaller)
-        spec = fitting_bitnet(
-            spec, causal=opened.manifest.task == "causal-lm", biased=selection.biased
-        )
+        causal = opened.manifest.task == "causal-lm"
+        spec = fitted_to(spec, dtype=dtype, causal=causal, biased=selection.biased)
         tell(f"packing {len(selection.tensors)} of {len(weights.names())} tensors to {to}")
         spec = _complete(spec, selection)
         spec, layers = _write(staging, weights, companions, selection, spec, opened.manifest.tag)
@@ -121,16 +119,15 @@ def _dtype_of(companions: Path) -> str:
 def _spec(
     manifest: Manifest,
     to: Target,
-    dtype: str,
     group_size: GroupSize,
     double_quant: bool | None,
     gguf_type: str | None,
 ) -> QuantSpec:
-    """How weights of `dtype` are packed, by the options given."""
+    """How weights are packed, by the options given."""
     if to != "gguf":
         if gguf_type is not None:
             raise UsageError("--gguf-type belongs to --to gguf; leave it out")
-        return spec_for(to, manifest.quantization, dtype, group_size, double_quant)
+        return spec_for(to, manifest.quantization, group_size, double_quant)
     if group_size is not None or double_quant is not None:
         raise UsageError(
             "--to gguf takes groups and scales as --gguf-type has them; leave out the rest"

@@ -1,6 +1,8 @@
 """From a recipe to a plan: the base's shape, and the setup that the recipe's sections describe."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qlx.checkpoint import load_object
 from qlx.errors import InputRefused, Unsupported
@@ -63,10 +65,20 @@ def _stored_format(base: BaseSection) -> WeightFormat | None:
     if method == "bitsandbytes" and section.get("load_in_4bit"):
         double = bool(section.get("bnb_4bit_use_double_quant"))
         return weight_format(section.get("bnb_4bit_quant_type", "fp4"), double_quant=double)
+    if method == "compressed-tensors":
+        return _compressed_format(section)
     if method in ("gptq", "awq"):
         size = group if isinstance(group, int) and group > 0 else _WHOLE
         return weight_format(f"int{section.get('bits', 4)}", group_size=size)
     return weight_format("ternary", group_size=_WHOLE) if method == "bitnet" else None
+
+
+def _compressed_format(section: Mapping[str, Any]) -> WeightFormat | None:
+    groups: Mapping[str, Any] = section.get("config_groups") or {}
+    weights: Mapping[str, Any] = next(iter(groups.values()), {}).get("weights") or {}
+    scheme = {"2": "ternary", "4": "int4", "8": "int8"}.get(str(weights.get("num_bits")))
+    size = weights.get("group_size") or _WHOLE
+    return None if scheme is None else weight_format(scheme, group_size=size)
 
 
 def _scratch_shape(section: ArchitectureSection) -> Shape:

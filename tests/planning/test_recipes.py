@@ -57,6 +57,14 @@ def test_a_changed_field_changes_its_part(recipe_file, override, part, larger):
     assert after != before
 
 
+def _compressed(bits, group_size):
+    weights = {"num_bits": bits, "group_size": group_size}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+
+
 @pytest.mark.parametrize(
     ("section", "name", "bytes_a_weight"),
     [
@@ -72,6 +80,9 @@ def test_a_changed_field_changes_its_part(recipe_file, override, part, larger):
         ),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8", 1 + 3 / 4096),
         ({"quant_method": "awq", "bits": 4, "group_size": 64}, "int4", 0.5 + 2.5 / 64),
+        (_compressed(4, 64), "int4", 0.5 + 2.5 / 64),
+        (_compressed(8, None), "int8", 1 + 3 / 4096),
+        (_compressed(2, 64), "ternary", 0.25 + 2 / 64),
         ({"quant_method": "bitnet"}, "ternary", 0.25 + 2 / 4096),
     ],
 )
