@@ -75,7 +75,8 @@ def _stored_format(base: BaseSection) -> WeightFormat | None:
 
 def _compressed_format(section: Mapping[str, Any]) -> WeightFormat | None:
     groups: Mapping[str, Any] = section.get("config_groups") or {}
-    weights: Mapping[str, Any] = next(iter(groups.values()), {}).get("weights") or {}
+    first: Any = next(iter(groups.values()), {})
+    weights: Mapping[str, Any] = first.get("weights") or {}
     scheme = {"2": "ternary", "4": "int4", "8": "int8"}.get(str(weights.get("num_bits")))
     size = weights.get("group_size") or _WHOLE
     return None if scheme is None else weight_format(scheme, group_size=size)
