@@ -14,7 +14,7 @@ from qlx.quant import dequantize_tensor, packed_fingerprint, quantize_tensor, st
 from qlx.verification import verify
 from qlx.weights import read_tensors
 from tests import adapter_support
-from tests.adapter_support import NF4, Case, flip_rows, make_adapter
+from tests.adapter_support import NF4, Case, flip_rows, make_adapter, make_base
 from tests.coded_support import coded_base
 from tests.isolation import DISTANCE, run_without
 
@@ -234,3 +234,20 @@ def test_an_adapter_on_a_base_in_codes_is_packed_to_another_layout(tmp_path, kin
     section = json.loads((made.path / "config.json").read_text())["quantization_config"]
     assert section["quant_method"] == "compressed-tensors"
     assert not [name for name in read_tensors(made.path) if name.endswith("qweight")]
+
+
+def test_biases_and_tied_heads_load_in_plain_transformers(tmp_path):
+    """Biases keep ternary codes out of BitNet's layout; a tied head is no linear layer to pack."""
+    made = []
+    for kind, tied, to, group in [("qwen2", False, "ternary", WHOLE), ("qwen3", True, "int4", 32)]:
+        base = make_base(tmp_path / f"{kind}-base", kind, tied=tied)
+        with pytest.MonkeyPatch.context() as patch:
+            if to == "ternary":
+                patch.setattr(adapter_support, "draw", flip_rows)
+            quant = TERNARY if to == "ternary" else NF4
+            adapter = make_adapter(base, tmp_path / f"{kind}-a", Case(kind, quant))
+        target = tmp_path / kind
+        made.append(pack(adapter.path, target, to=to, group_size=group, base=base, min_retention=0))
+        assert made[-1].manifest.quantization.backend == "compressed-tensors"
+    found = run_without(("qlx", "peft", "bitsandbytes"), PLAIN, *(item.path for item in made))
+    assert max(relative for relative, _ in found.values()) < 1e-4
