@@ -36,7 +36,7 @@ from qlx.models import (
 from qlx.recipe import AdapterSection
 
 VOCABULARY = 96
-TASKS = {"vit": "image-classification"} | dict.fromkeys(
+TASKS = {"vit": "image-classification", "vitpose": "heatmap"} | dict.fromkeys(
     (
         *("llama", "qwen3", "gpt2", "qwen3_moe", "mixtral"),
         *("mistral", "qwen2", "gemma", "gemma2", "gemma3_text"),
@@ -78,6 +78,21 @@ def _vit(tied: bool) -> Any:
             num_labels=5,
         )
     )
+
+
+def _vitpose(tied: bool) -> Any:
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
+
+    backbone = VitPoseBackboneConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=[16, 24],
+        patch_size=[8, 8],
+        out_indices=[2],
+    )
+    return VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=3))
 
 
 def _llama(tied: bool) -> Any:
@@ -176,6 +191,7 @@ def _mixtral(tied: bool) -> Any:
 
 _BUILD = {
     "vit": _vit,
+    "vitpose": _vitpose,
     "llama": _llama,
     "qwen3": _qwen3,
     "gpt2": _gpt2,
@@ -192,12 +208,9 @@ _BUILD = {
 def inputs_for(kind: str, count: int = 12, image_size: int = 8) -> dict[str, np.ndarray]:
     """Model inputs; texts are padded on the right."""
     random = np.random.default_rng(7)
-    if kind == "vit":
-        return {
-            "pixel_values": random.standard_normal((count, 3, image_size, image_size)).astype(
-                np.float32
-            )
-        }
+    if kind in ("vit", "vitpose"):
+        size = (image_size, image_size) if kind == "vit" else (16, 24)
+        return {"pixel_values": random.standard_normal((count, 3, *size)).astype(np.float32)}
     ids = random.integers(1, VOCABULARY, (count, 10))
     mask = np.ones_like(ids)
     mask[::2, 7:] = 0

@@ -37,13 +37,14 @@ from tests.adapter_support import TASKS, VOCABULARY, draw, inputs_for
 DOCUMENT = Path(__file__).parents[2] / "docs" / "merge-matrix.md"
 KINDS = {
     "vit": "ViT",
+    "vitpose": "ViTPose",
     "llama": "Llama",
     "qwen3": "Qwen3",
     "gpt2": "GPT-2",
     "qwen3_moe": "Qwen3-MoE",
     "mixtral": "Mixtral",
 }
-LANGUAGE = tuple(kind for kind in KINDS if kind != "vit")
+LANGUAGE = tuple(kind for kind in KINDS if not kind.startswith("vit"))
 UNTIED = tuple(kind for kind in LANGUAGE if kind != "gpt2")
 EXPERTS = ("qwen3_moe", "mixtral")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,12 +54,17 @@ NEW_TOKENS = 4
 
 TARGETS = {kind: ["q_proj", "v_proj"] for kind in KINDS} | {
     "vit": ["q_proj", "fc1"],
+    "vitpose": ["query", "fc1"],
     "gpt2": ["c_attn", "c_proj"],
 }
-SQUARE = dict.fromkeys(KINDS, "q_proj") | {"gpt2": "c_proj"}
+SQUARE = dict.fromkeys(KINDS, "q_proj") | {"gpt2": "c_proj", "vitpose": "query"}
 EMBEDDING = dict.fromkeys(LANGUAGE, "embed_tokens") | {"gpt2": "wte"}
-HEADS = dict.fromkeys(LANGUAGE, "lm_head") | {"vit": "classifier"}
-NORMS = dict.fromkeys(LANGUAGE, "model.norm") | {"gpt2": "ln_f", "vit": "vit.layernorm"}
+HEADS = dict.fromkeys(LANGUAGE, "lm_head") | {"vit": "classifier", "vitpose": "head.conv"}
+NORMS = dict.fromkeys(LANGUAGE, "model.norm") | {
+    "gpt2": "ln_f",
+    "vit": "vit.layernorm",
+    "vitpose": "backbone.layernorm",
+}
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,17 @@ FEATURES = (
         {"gpt2": {"target_modules": ["c_proj", "lm_head"]}},
         note="PEFT saves the flag of whichever layer came last",
     ),
-    Feature("convolution (patch embedding)", {"vit": {"target_modules": ["projection", "v_proj"]}}),
-    Feature("convolution with DoRA", {"vit": {"target_modules": ["projection"], "use_dora": True}}),
+    Feature(
+        "convolution (patch embedding, heatmap head)",
+        {
+            "vit": {"target_modules": ["projection", "v_proj"]},
+            "vitpose": {"target_modules": ["projection", "head.conv", "value"]},
+        },
+    ),
+    Feature(
+        "convolution with DoRA",
+        {k: {"target_modules": ["projection"], "use_dora": True} for k in ("vit", "vitpose")},
+    ),
     Feature("embedding", {k: {"target_modules": [EMBEDDING[k], TARGETS[k][0]]} for k in UNTIED}),
     Feature(
         "embedding with DoRA",
@@ -150,7 +165,7 @@ FEATURES = (
         "`modules_to_save`: head and norm",
         {
             k: {"target_modules": TARGETS[k], "modules_to_save": [HEADS[k], NORMS[k]]}
-            for k in (*UNTIED, "vit")
+            for k in (*UNTIED, "vit", "vitpose")
         },
     ),
     Feature(
@@ -248,7 +263,7 @@ FEATURES = (
     Feature("`layers_to_transform`", every(layers_to_transform=[1])),
     Feature(
         "regular expression as target",
-        {k: {"target_modules": rf".*(layers|h)\.0\..*({'|'.join(TARGETS[k])})"} for k in KINDS},
+        {k: {"target_modules": rf".*(layers?|h)\.0\..*({'|'.join(TARGETS[k])})"} for k in KINDS},
     ),
     Feature("`target_modules: all-linear`", {k: {"target_modules": "all-linear"} for k in KINDS}),
     Feature(
@@ -258,7 +273,9 @@ FEATURES = (
     Feature("initialised orthogonally", every(init_lora_weights="orthogonal")),
     Feature("PiSSA, converted by PEFT", every(UNTIED, init_lora_weights="pissa"), convert=True),
     Feature(
-        "OLoRA, converted by PEFT", every((*UNTIED, "vit"), init_lora_weights="olora"), convert=True
+        "OLoRA, converted by PEFT",
+        every((*UNTIED, "vit", "vitpose"), init_lora_weights="olora"),
+        convert=True,
     ),
     edited("init_lora_weights", "pissa", "changed the base weights at the start"),
     edited("init_lora_weights", "olora", "changed the base weights at the start"),
