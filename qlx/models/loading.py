@@ -22,6 +22,7 @@ from qlx.models.architectures import CONFIG_FILE, Labels, auto_class, quiet_head
 from qlx.models.coded import load_codes, stored_codes, without_report
 from qlx.models.llama_cpp import load_gguf
 from qlx.models.names import tensor_names
+from qlx.models.unfilled import fill, parameters_on_meta, without_tensor
 from qlx.quant import (
     StoredQuantization,
     bnb_config,
@@ -94,6 +95,10 @@ def load_base(
         require("bitsandbytes", "train")
         config.quantization_config = read_config(source_path)["quantization_config"]
     ours = None if theirs else stored
+    if ours is not None and config_from is None and new_head is None:
+        model = _from_codes(source_path, task, config, dtype, ours, quant)
+        if model is not None:
+            return model.eval()
     on_load = stored is None and quant is not None and quant.quantized and quant.mode == "hf"
     options = {"quantization_config": bnb_config(quant)} if on_load and quant else {}
     with without_report(ours is not None):
@@ -115,6 +120,31 @@ def load_base(
     elif stored is None and quant is not None and quant.quantized:
         quantize_model(model, quant)
     return model.eval()
+
+
+def _from_codes(
+    path: Path,
+    task: Task,
+    config: Any,
+    dtype: torch.dtype,
+    stored: StoredQuantization,
+    quant: QuantSpec | None,
+) -> nn.Module | None:
+    """A model of packed layers, none of which was ever in memory unpacked.
+
+    None where parameters are not tensors of the files one by one (fused experts), or are missing:
+    transformers can tell which.
+    """
+    with parameters_on_meta(), _described_by(path, RuntimeError):
+        model: nn.Module = auto_class(task).from_config(config, dtype=dtype)
+    names, weights = tensor_names(model, path), open_weights(path)
+    coded = frozenset(stored.weight_names(weights))
+    if without_tensor(model, names, weights, coded):
+        return None
+    plain = {name: disk for name, disk in names.items() if disk not in coded}
+    fill(model, plain, path, dtype)
+    load_codes(model, path, names, stored, quant)
+    return model
 
 
 def empty_model(directory: Path, task: Task) -> nn.Module:

@@ -6,8 +6,7 @@ its own gets them for the length of its forward. The function is that of the loa
 round otherwise where a layer is cut.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from qlx.models.architectures import auto_class
 from qlx.models.coded import stored_codes
 from qlx.models.loading import model_config
 from qlx.models.names import tensor_names
+from qlx.models.unfilled import parameters_on_meta
 from qlx.weights import WeightSet, open_weights, read_rows
 
 __all__ = ["PIECE", "streamed_bytes", "streamed_model"]
@@ -39,7 +39,7 @@ def streamed_model(directory: Path, task: Task) -> nn.Module:
     directory = Path(directory)
     if stored_codes(directory) is not None:
         raise Unsupported(f"{directory}: weights stored as codes are not run layer by layer")
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model: nn.Module = auto_class(task).from_config(
             model_config(directory, task), dtype=torch.float32
         )
@@ -60,24 +60,6 @@ def streamed_bytes(weights: WeightSet) -> int:
     """
     others = [info.count for info in weights.values() if len(info.shape) != 2]
     return 4 * (4 * PIECE + 2 * max(others, default=0))
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Let modules be made with parameters that have no memory, and with real buffers."""
-    modules: Any = nn.Module
-    register = modules.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    modules.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        modules.register_parameter = register
 
 
 def _stored_names(model: nn.Module, directory: Path) -> dict[int, str]:

@@ -42,6 +42,9 @@ held = mark("VmRSS")
 if way == "naive":
     from qlx.weights import read_tensors
     tensors = {name: value.float() for name, value in read_tensors(Path(base)).items()}
+elif way == "load":
+    from qlx.models import load_base
+    load_base(Path(output), "causal-lm")
 else:
     pack(Path(adapter), Path(output), to=to, base=base, min_retention=0)
 print(json.dumps(mark("VmHWM") - held))
@@ -106,6 +109,14 @@ def test_memory_grows_by_the_adapter_and_not_by_the_model(tmp_path, made, to):
 def test_loading_the_model_would_be_seen(tmp_path, made):
     small, large = (growth(made, n, tmp_path / n, "int4", "naive") for n in ("small", "large"))
     assert large - small > grown(made, "weights")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_proof_loads_packed_layers_without_unpacking_them(tmp_path, made):
+    growth(made, "large", tmp_path / "packed", "int4")
+    packed = growth(made, "large", tmp_path / "packed", "int4", "load")
+    unpacked = 2 * sum(info.nbytes for info in open_weights(made["large"][0]).values())  # fp32
+    assert packed < unpacked / 2
 
 
 @pytest.mark.parametrize("to", ["int4", "gguf"])
