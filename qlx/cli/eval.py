@@ -25,7 +25,8 @@ from qlx.cli.session import Session
 def command(session: Session, checkpoint: Path, base: str | None, data: Path | None) -> None:
     """Score a checkpoint on held-out data.
 
-    Accuracy for images; loss, perplexity and token accuracy for text. Every kind of checkpoint.
+    Accuracy for images; F1, precision, recall and pixel error for heatmaps; loss, perplexity and
+    token accuracy for text. Every kind of checkpoint.
     """
     from qlx.cli import render
     from qlx.recipe import load_recipe
