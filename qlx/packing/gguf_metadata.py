@@ -30,7 +30,7 @@ def add_model_metadata(writer: Any, layout: GgufLayout) -> None:
     rope = _rope(layout)
     _require_expressible(layout, rope)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(_context(layout))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -52,6 +52,14 @@ def add_model_metadata(writer: Any, layout: GgufLayout) -> None:
         value = getattr(config, name, None)
         if value is not None:
             getattr(writer, f"add_{name}")(float(value))
+
+
+def _context(layout: GgufLayout) -> int:
+    """The longest text; no longer than a window that llama.cpp does not know of in this architecture."""
+    longest = int(layout.config.max_position_embeddings)
+    if layout.architecture in _WINDOW_EVERY:
+        return longest
+    return min(longest, int(getattr(layout.config, "sliding_window", None) or longest))
 
 
 def rope_factors(layout: GgufLayout) -> Tensor | None:

@@ -47,9 +47,10 @@ TARGETS: tuple[Target, ...] = ("nf4", "fp4", "int8", "int4", "ternary", "gguf")
 """The formats that can be packed to."""
 
 _ADVICE = (
-    "keep the adapter separate or merge it without packing, train it longer or with a larger rank, "
-    "or accept the loss with a lower --min-retention"
+    "keep the adapter separate or merge it without packing, choose more bits or smaller groups, "
+    "train it longer or with a larger rank"
 )
+_ACCEPT = ", or accept the loss with a lower --min-retention"
 
 
 def pack(
@@ -105,7 +106,9 @@ def pack(
         carry_probe(opened, staging)
         tell("replaying the probe on the packed files")
         done = prove(
-            staging, _manifest(opened, spec, layers, min_retention), advice=_advice(layers)
+            staging,
+            _manifest(opened, spec, layers, min_retention),
+            advice=_advice(layers, min_retention),
         )
     return Checkpoint(Path(output), done.manifest, done.digest)
 
@@ -198,13 +201,14 @@ def _layer_lines(layers: list[LayerRetention]) -> list[str]:
     ]
 
 
-def _advice(layers: list[LayerRetention]) -> str:
+def _advice(layers: list[LayerRetention], min_retention: float) -> str:
     """What to do where too little is kept, and where the least is."""
+    advice = _ADVICE + (_ACCEPT if min_retention else "")
     known = {layer.name: layer.retention for layer in layers if layer.retention is not None}
     if not known:
-        return _ADVICE
+        return advice
     worst = min(known, key=lambda name: known[name])
-    return f"{worst} keeps least of its weight change ({known[worst]:.1%}); {_ADVICE}"
+    return f"{worst} keeps least of its weight change ({known[worst]:.1%}); {advice}"
 
 
 def _complete(spec: QuantSpec, selection: Selection) -> QuantSpec:

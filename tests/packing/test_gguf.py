@@ -10,8 +10,9 @@ from qlx.cli import main
 from qlx.errors import CheckFailed, CorruptCheckpoint, InputRefused, Unsupported, UsageError
 from qlx.exporting import export_onnx
 from qlx.merging import merge
-from qlx.models import load_base, load_model
+from qlx.models import GgufLayout, load_base, load_model
 from qlx.packing import GGUF_TYPES, pack
+from qlx.packing.gguf_metadata import add_model_metadata, rope_factors
 from qlx.verification import verify
 from tests import adapter_support
 from tests.adapter_support import NF4, NONE, Case, flip_rows, make_adapter, make_base
@@ -165,12 +166,19 @@ def test_metadata_that_llama_cpp_needs(made):
     assert {name: fields[name].contents() for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(("window", "wanted"), [(None, 32), (8, 8), (64, 32)])
+def test_a_window_that_llama_cpp_does_not_know_bounds_the_context(tmp_path, window, wanted):
+    from transformers import MistralConfig
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    config = MistralConfig(max_position_embeddings=32, sliding_window=window)
+    add_model_metadata(writer, GgufLayout("llama", config))
+    assert writer.kv_data[0]["llama.context_length"].value == wanted
+
+
 def test_llama_3_frequencies_are_those_of_transformers(tmp_path):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    from qlx.models import GgufLayout
-    from qlx.packing.gguf_metadata import rope_factors
 
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 256}  # fmt: skip

@@ -94,6 +94,13 @@ def test_a_delta_below_a_step_fails_the_gate_and_leaves_nothing(
     assert not [name for name in os.listdir(tmp_path) if "packed" in name]
 
 
+def test_less_than_nothing_is_refused_whatever_the_gate(tmp_path, bases, merged):
+    """A model that was not trained on ternary weights may come out further away than its base."""
+    with pytest.raises(CheckFailed, match=r"retention -\d.*choose more bits") as caught:
+        pack(merged["vit"].path, tmp_path / "p", to="ternary", base=bases["vit"], min_retention=0)
+    assert "lower --min-retention" not in str(caught.value)
+
+
 def test_codes_are_those_of_the_codec_and_the_rest_is_untouched(merged, packed):
     for (kind, to, _), checkpoint in packed.items():
         spec, after = checkpoint.manifest.quantization, read_tensors(checkpoint.path)
