@@ -29,7 +29,7 @@ _RENAMED = {
 
 
 def is_plain_vit(directory: Path) -> bool:
-    """Whether a directory holds a ViT (or DeiT-free classifier) rather than a heatmap model."""
+    """Whether a directory holds a plain ViT, of any head, rather than a heatmap model."""
     return bool(read_config(directory)["model_type"] == "vit")
 
 
@@ -44,9 +44,8 @@ def vitpose_from_vit(directory: Path, labels: Labels, frames: int, *, seed: int)
 
     Raises:
         InputRefused: a tensor is missing or of another shape; the message names it.
-        Unsupported: the ViT has no biases in attention or an activation function of its own.
+        Unsupported: as `config_from_vit`.
     """
-    raw = read_config(directory, "image-classification")
     model = build_model("heatmap", config_from_vit(directory, labels, frames), seed=seed)
     stored = _without_prefix(read_tensors(directory))
     state = model.state_dict()
@@ -66,7 +65,6 @@ def config_from_vit(directory: Path, labels: Labels, frames: int) -> Any:
         Unsupported: sizes that ViTPose cannot have.
     """
     raw = read_config(directory, "image-classification")
-
     vit = require("transformers", "train").ViTConfig.from_dict(raw)
     channels, *image = image_shape(vit)
     patch = vit.patch_size if isinstance(vit.patch_size, list | tuple) else (vit.patch_size,) * 2
