@@ -199,14 +199,16 @@ def heatmap_trainer(
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
         ) -> Any:
-            if hasattr(model, "peft_config"):
-                hold_statistics(model)
+            if hasattr(self.model, "peft_config"):
+                hold_statistics(self.model)
             outputs = model(pixel_values=inputs["pixel_values"])
             loss = focal_loss(outputs.heatmaps, inputs["labels"])
             return (loss, outputs) if return_outputs else loss
 
     arguments = transformers.TrainingArguments(**_arguments(section, work))
-    return _quiet(HeatmapTrainer(model=model, args=arguments, train_dataset=dataset))
+    trainer = HeatmapTrainer(model=model, args=arguments, train_dataset=dataset)
+    trainer.model_accepts_loss_kwargs = False  # the loss is a mean: accumulated ones are averaged
+    return _quiet(trainer)
 
 
 def text_trainer(

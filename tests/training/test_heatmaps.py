@@ -353,3 +353,20 @@ def test_the_plan_counts_what_is_there(tennis_base, tennis_clips):
     assert built.tokens == found.tokens == 6 * 10 + 1
     assert found.parameters == pytest.approx(total, rel=0.03)
     assert built.parameters == pytest.approx(found.parameters, rel=0.03)
+
+
+def test_accumulated_batches_are_one_batch(tennis_base, tennis_clips, tmp_path):
+    """The same examples in one piece or in two: the same loss is reported, not twice of it."""
+    losses = []
+    for size, pieces in ((8, 1), (4, 2)):
+        training = {
+            "max_steps": 1,
+            "batch_size": size,
+            "gradient_accumulation": pieces,
+            "log_every": 1,
+        }
+        data = clips(tennis_clips / "dim")
+        recipe = recipe_of(TENNIS_RUN, tennis_base, data=data, training=training)
+        run = train(recipe, tmp_path / str(pieces))
+        losses.append(json.loads((run.path / "metrics.jsonl").read_text())["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
