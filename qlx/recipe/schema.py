@@ -3,9 +3,10 @@
 Unknown fields are refused. `docs/recipes.md` explains the fields; `recipes/` holds complete examples.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from qlx.checkpoint import Task, bytes_digest, canonical_json
 
@@ -25,6 +26,17 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _regular_expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
 _BLOCKED = ("nf4", "fp4")
 _BUILT: dict[Task, str] = {
     "image-classification": "vit",
@@ -162,8 +174,8 @@ class AdapterSection(_Section):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Literal["default", "gaussian"] = "default"
-    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    rank_pattern: dict[Pattern, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
 
 

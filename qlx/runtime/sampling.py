@@ -84,10 +84,12 @@ def next_distribution(logits: Array, options: SamplingOptions, seen: Iterable[in
     Top-k keeps ties with the k-th logit; top-p (nucleus sampling, Holtzman et al. 2020) keeps the
     smallest set of most likely tokens whose probability reaches `top_p`.
     """
-    scores = _penalised(logits, seen, options.repetition_penalty) / options.temperature
+    scores = _penalised(logits, seen, options.repetition_penalty)
+    with np.errstate(over="ignore"):  # next to none of the heat: what is not the best is -inf
+        scores = (scores - scores.max()) / options.temperature
     if 0 < options.top_k < scores.size:
         scores[scores < np.partition(scores, -options.top_k)[-options.top_k]] = -np.inf
-    weights = np.exp(scores - scores.max())
+    weights = np.exp(scores)
     weights /= weights.sum()
     if options.top_p < 1:
         order = np.argsort(-weights, kind="stable")

@@ -122,3 +122,12 @@ def test_bombs_and_binaries_are_refused(tmp_path: Path) -> None:
             load_recipe(path)
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_no_regular_expression_is_named(tmp_path: Path, field: str) -> None:
+    path = recipe_file(tmp_path, TEXT.replace("rank: 8", f'{field}: {{"(": 3}}'))
+    with pytest.raises(
+        RecipeError, match=rf"line 7: adapter\.{field}.*'\('.*no regular expression"
+    ):
+        load_recipe(path)

@@ -19,6 +19,13 @@ def test_a_lower_temperature_sharpens():
     np.testing.assert_allclose(weights, np.exp(2 * LOGITS) / np.exp(2 * LOGITS).sum())
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-310, 5e-324])
+def test_next_to_no_temperature_is_the_best_token(temperature):
+    weights = next_distribution(1e4 * LOGITS, SamplingOptions(temperature=temperature))
+    np.testing.assert_array_equal(weights, [1, 0, 0, 0, 0])
+    assert Sampler(SamplingOptions(temperature=temperature, seed=1)).choose(LOGITS) == 0
+
+
 def test_top_k_keeps_the_k_likeliest():
     weights = next_distribution(LOGITS, SamplingOptions(temperature=1.0, top_k=2))
     np.testing.assert_allclose(weights, [2 / 3, 1 / 3, 0, 0, 0])
