@@ -1,12 +1,16 @@
 """What can be said of a checkpoint before it runs: its bytes, its base, its history."""
 
+from collections import Counter
 from pathlib import Path
 
-from qlx.checkpoint import Checkpoint, Manifest, Source
+from qlx.checkpoint import Checkpoint, Manifest, Source, load_object
 from qlx.verification.base import base_of, needs_base
 from qlx.verification.thresholds import Check
+from qlx.weights import open_weights
 
 __all__ = ["identity_checks", "quantization_checks"]
+
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def identity_checks(
@@ -26,7 +30,21 @@ def identity_checks(
     results = () if manifest.probe is None else manifest.probe.results
     failed = [f"{result.step} against {result.against}" for result in results if not result.passed]
     checks.append(Check("lineage", not failed, _history(manifest, failed)))
-    return checks, source
+    return [*checks, *_dtype_checks(checkpoint)], source
+
+
+def _dtype_checks(checkpoint: Checkpoint) -> list[Check]:
+    """Whether merged weights are loaded as they are stored: transformers rounds to what `config.json` says."""
+    if checkpoint.manifest.kind != "merged":
+        return []
+    counts: Counter[str] = Counter()
+    for info in open_weights(checkpoint.path).values():
+        counts[info.dtype] += info.count
+    stored = _FLOATS.get(counts.most_common(1)[0][0])
+    config = load_object(checkpoint.path / "config.json")
+    said = config.get("dtype") or config.get("torch_dtype") or stored
+    detail = f"weights of {stored}, which config.json calls {said}"
+    return [Check("dtype", said == stored, detail)] if stored else []
 
 
 def quantization_checks(manifest: Manifest) -> list[Check]:

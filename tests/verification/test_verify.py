@@ -92,6 +92,15 @@ def test_a_base_that_is_not_here_is_asked_for(family, tmp_path):
         verify(path)
 
 
+def test_a_dtype_that_transformers_would_round_to_is_caught(family, tmp_path):
+    path = family.copy("merged", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    seal(path, read_manifest(path)[0])
+    assert failures(verify(path)) == ["dtype"]
+
+
 def test_a_probe_of_another_model_is_caught(family, tmp_path):
     path = family.copy("merged", tmp_path)
     probe = read_probe(path)
