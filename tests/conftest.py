@@ -19,7 +19,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["QLX_CACHE"] = "off"  # tests read what they test, and leave nothing in the home directory
+os.environ["QLX_CACHE"] = (
+    "off"  # tests read what they test, and leave nothing in the home directory
+)
 
 DIGITS_BASE: dict[str, Any] = {
     "name": "digits-base",

@@ -58,7 +58,10 @@ def image_samples(split: ImageSplit, probe: Probe) -> list[Sample]:
 def keypoint_samples(split: KeypointSplit, items: Sequence[int], probe: Probe) -> list[Sample]:
     """The probe's frames with the true place (circle) and the model's (crosses), its adapter off and on."""
     assert probe.labels is not None
-    answers = [None if probe.base is None else _found(probe.base, probe), _found(probe.reference, probe)]
+    answers = [
+        None if probe.base is None else _found(probe.base, probe),
+        _found(probe.reference, probe),
+    ]
     samples = []
     for row, at in list(enumerate(items))[:_IMAGES]:
         true = [tuple(label[:2]) if label[2] != ABSENT else None for label in probe.labels[row]]
@@ -86,7 +89,10 @@ def _found(logits: Any, probe: Probe) -> list[list[Place]]:
     grid = np.array([logits.shape[-1], logits.shape[-2]])
     places = rescaled(cells, grid, probe.labels[..., 3:5])
     return [
-        [(float(x), float(y)) if score >= DETECTED else None for (x, y), score in zip(*row, strict=True)]
+        [
+            (float(x), float(y)) if score >= DETECTED else None
+            for (x, y), score in zip(*row, strict=True)
+        ]
         for row in zip(places, scores, strict=True)
     ]
 
