@@ -32,7 +32,7 @@ from qlx.checkpoint.manifest import (
     Task,
 )
 from qlx.checkpoint.model_config import CONFIG_FILE, KNOWN, read_config
-from qlx.checkpoint.outputs import check_file, check_output
+from qlx.checkpoint.outputs import check_apart, check_file, check_output
 from qlx.checkpoint.probe import PROBE_FILE, Probe, read_probe, write_probe
 from qlx.checkpoint.source import Source, hub_name, require_base, resolve_source
 from qlx.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint, read_manifest, seal
@@ -60,6 +60,7 @@ __all__ = [
     "Task",
     "bytes_digest",
     "canonical_json",
+    "check_apart",
     "check_file",
     "check_output",
     "file_sha256",

@@ -184,6 +184,7 @@ def _renamed(part: object, temporary: Path, shown: str | Path) -> object:
 
 def _put_in_place(staging: Path, target: Path, force: bool) -> None:
     if target.exists() and force:
+        check_output(target, force=True)  # again: a note may have been put there since
         _exchange(staging, target)
     else:
         try:

@@ -67,11 +67,14 @@ def command(
     """
     from qlx.checkpoint import check_file, replace_file
     from qlx.cli import render
+    from qlx.recipe import load_recipe
     from qlx.verification import check_picture, draw, to_junit, to_markdown, verify
 
     written = [file for file in (junit, markdown, picture) if file is not None]
+    own = None if data is None or against is None else load_recipe(data).data.path
+    read = (checkpoint, against, base, data, own)
     for at, target in enumerate(written):
-        check_file(target, (data, *written[:at]))
+        check_file(target, (*read, *written[:at]))
     if picture is not None:
         check_picture(picture)
         layers = True

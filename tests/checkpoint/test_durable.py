@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlx.checkpoint import new_checkpoint, replace_file
+from qlx.checkpoint import Manifest, new_checkpoint, open_checkpoint, replace_file, seal
 from qlx.errors import CorruptCheckpoint, NoRoom, UsageError
 
 
@@ -43,15 +43,40 @@ def test_full_disk_is_no_room(tmp_path: Path) -> None:
 
 
 def test_existing_directories_are_kept_without_force_and_exchanged_with_it(tmp_path: Path) -> None:
-    target = tmp_path / "t"
-    target.mkdir()
-    (target / "qlx.json").write_text("old")
+    target = make(tmp_path / "t", "old")
     with pytest.raises(UsageError, match="--force"), new_checkpoint(target):
         pass
     with new_checkpoint(target, force=True) as staging:
-        (staging / "qlx.json").write_text("new")
-        assert (target / "qlx.json").read_text() == "old"
-    assert (target / "qlx.json").read_text() == "new"
+        write(staging, "new")
+        assert open_checkpoint(target).manifest.tag == "old"
+    assert open_checkpoint(target).manifest.tag == "new"
+    assert leftovers(tmp_path) == []
+
+
+def write(directory: Path, tag: str) -> None:
+    (directory / "file").write_text(tag)
+    seal(directory, Manifest(kind="run", task="causal-lm", tag=tag))
+
+
+def make(target: Path, tag: str) -> Path:
+    with new_checkpoint(target) as staging:
+        write(staging, tag)
+    return target
+
+
+def test_what_was_put_there_during_the_work_is_not_replaced(tmp_path: Path) -> None:
+    for target, kept in (
+        (make(tmp_path / "there", "old"), "notes"),
+        (tmp_path / "not-yet", "thesis"),
+    ):
+        with (
+            pytest.raises(UsageError, match=rf"{kept}|not a qlx checkpoint"),
+            new_checkpoint(target, force=True) as staging,
+        ):
+            write(staging, "new")
+            target.mkdir(exist_ok=True)
+            (target / kept).write_text("mine")
+        assert (target / kept).read_text() == "mine"
     assert leftovers(tmp_path) == []
 
 
@@ -68,12 +93,13 @@ def test_force_never_replaces_what_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, time, pathlib
-from qlx.checkpoint import new_checkpoint
+from qlx.checkpoint import Manifest, new_checkpoint, seal
 target = pathlib.Path(sys.argv[1])
 for round in range(200):
     with new_checkpoint(target, force=True) as staging:
-        for name in ("a", "b", "qlx.json"):
+        for name in ("a", "b"):
             (staging / name).write_text(str(round))
+        seal(staging, Manifest(kind="run", task="causal-lm", tag=str(round)))
     print(round, flush=True)
 """
 
@@ -88,8 +114,8 @@ def test_a_kill_at_any_instant_leaves_one_whole_state(tmp_path: Path) -> None:
             process.stdout.readline()
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
-        contents = {(target / name).read_text() for name in ("a", "b", "qlx.json")}
-        assert len(contents) == 1
+        contents = {(target / name).read_text() for name in ("a", "b")}
+        assert contents == {open_checkpoint(target).manifest.tag}
 
 
 def test_replace_file(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
         base=BaseRef(name="base", fingerprint="sha256:" + "a" * 64),
     )
     with new_checkpoint(tmp_path / "made") as staging:
+        (staging / "weights").write_text("x")
         seal(staging, manifest)
     return tmp_path / "made"
 
@@ -68,6 +69,46 @@ def test_an_output_may_not_be_hold_or_lie_inside_an_input(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="is the input base"):
         check_output(Path("base"), [checkpoint], force=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda path: (path / "notes.txt").write_text("mine"), r"holds notes\.txt"),
+        (lambda path: (path / "thesis").mkdir(), "holds thesis"),
+        (lambda path: (path / "weights").unlink() or (path / "weights").mkdir(), "holds weights"),
+        (lambda path: (path / "qlx.json").write_text("{}"), r"qlx\.json is not as this qlx writes"),
+        (lambda path: (path / "weights").write_text("damaged"), None),
+        (lambda path: (path / "weights").unlink(), None),
+    ],
+)
+def test_force_replaces_only_what_qlx_wrote(
+    checkpoint: Path, change: Callable[[Path], object], says: str | None
+) -> None:
+    change(checkpoint)
+    if says is None:
+        assert check_output(checkpoint, force=True) == checkpoint
+    else:
+        with pytest.raises(UsageError, match=f"^{checkpoint}: .*{says}"):
+            check_output(checkpoint, force=True)
+
+
+def test_a_report_does_not_go_among_the_files_of_a_model_or_into_an_input(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model is to this call; `base` is what the checkpoint records."""
+    (tmp_path / "base" / "deep").mkdir(parents=True)
+    for mark in ("config.json", "adapter_config.json", "model-00001-of-00002.safetensors"):
+        model = tmp_path / mark.partition(".")[0]
+        model.mkdir()
+        (model / mark).write_text("x")
+        (tmp_path / f"link-{mark}").symlink_to(model / mark)
+        for report in (model / mark, model / "new", tmp_path / f"link-{mark}"):
+            with pytest.raises(UsageError, match="among the files of a model"):
+                check_file(report)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="inside the input base"):
+        check_file(Path("base/deep/report"), [checkpoint])
 
 
 def test_a_place_that_cannot_be_written_is_named_before_any_work(tmp_path: Path) -> None:
