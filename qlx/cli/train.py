@@ -77,7 +77,7 @@ def command(
     from qlx.cli import render
     from qlx.errors import InputRefused, Interrupted, UsageError
     from qlx.recipe import load_recipe
-    from qlx.training import launch, this_process, train
+    from qlx.training import check_places, launch, this_process, train
 
     loaded = load_recipe(recipe, overrides)
     if dry_run:
@@ -85,9 +85,10 @@ def command(
         return None
     target = output or Path("runs") / loaded.name
     if _merges(loaded):
-        check_output(_merged_path(target), (loaded.base.path,), force=force)
-    if nproc > 1:
-        check_output(target, (loaded.base.path,), force=force)
+        read = (recipe, loaded.base.path, loaded.data.path)
+        check_output(_merged_path(target), read, force=force)
+    if this_process().first:
+        check_places(loaded, target, (recipe,), force=force)
     try:
         if nproc > 1:
             words = _command(recipe, overrides, target, resume=resume, force=force)

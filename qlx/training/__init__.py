@@ -3,14 +3,16 @@
 from qlx.training.adapter import save_adapter
 from qlx.training.checks import DryRun, check
 from qlx.training.distributed import launch, this_process
-from qlx.training.run import interrupted_at, train
+from qlx.training.run import train
 from qlx.training.trainable import ParameterRow, ParameterTable, parameter_table
+from qlx.training.work import check_places, interrupted_at
 
 __all__ = [
     "DryRun",
     "ParameterRow",
     "ParameterTable",
     "check",
+    "check_places",
     "interrupted_at",
     "launch",
     "parameter_table",

@@ -3,8 +3,6 @@
 import gc
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,6 @@ from qlx.checkpoint import (
     ProbeRecord,
     ProbeResult,
     canonical_json,
-    check_output,
-    held,
     is_checkpoint,
     load_json,
     new_checkpoint,
@@ -30,7 +26,7 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import CheckFailed, UsageError, require
+from qlx.errors import CheckFailed, require
 from qlx.inputs import Score
 from qlx.models import CONFIG_FILE, forward_logits, heatmap_grid, load_model, make_probe
 from qlx.recipe import Recipe
@@ -51,14 +47,14 @@ from qlx.training.state import TRAINER_STATE_FILE, open_state, require_recipe, s
 from qlx.training.tags import tag_of
 from qlx.training.trainable import parameter_table
 from qlx.training.trainers import ImageDataset, heatmap_trainer, image_trainer, text_trainer
+from qlx.training.work import STATE, check_places, work_directory, working
 from qlx.weights import SINGLE_FILE, write_tensors
 
-__all__ = ["RECIPE_FILE", "interrupted_at", "train"]
+__all__ = ["RECIPE_FILE", "train"]
 
 RECIPE_FILE = "recipe.yaml"
 REFERENCE = "the model as trained, unmerged, in fp32"
 
-_STATE = "state"
 _REPLAY_LIMIT = 1e-5
 """Largest relative distance between the model in memory and the same model read back, in fp32."""
 
@@ -81,11 +77,12 @@ def train(
         recipe: a validated recipe.
         output: the run directory to make.
         resume: go on with an interrupted training of the same recipe and base.
-        force: replace an existing run, and forget an interrupted training.
+        force: replace an existing run and, without `resume`, forget an interrupted training.
         report: receives lines of progress.
 
     Raises:
-        UsageError: `output` exists, or nothing is there to resume.
+        UsageError: `output` exists, nothing is there to resume, or something else lies where the state
+            would.
         InputRefused: the base or the data cannot be used.
         CheckFailed: the loss is no number, or what was written does not replay.
     """
@@ -101,10 +98,10 @@ def train(
     output, process = Path(output), join_processes()
     if not process.first:
         return _take_part(recipe, output, process)
-    check_output(output, (recipe.base.path,), force=force)
-    with _work(output, resume=resume, force=force) as work:
-        if is_checkpoint(work / _STATE):
-            require_recipe(work / _STATE, recipe.digest)
+    check_places(recipe, output, force=force)
+    with working(output, resume=resume, force=force) as work:
+        if is_checkpoint(work / STATE):
+            require_recipe(work / STATE, recipe.digest)
         process.wait()
         job = prepare(recipe, work, report)
         before, trainer = _train(job, work, report)
@@ -120,53 +117,11 @@ def _take_part(recipe: Recipe, output: Path, process: Process) -> Checkpoint:
     process.wait()
     with tempfile.TemporaryDirectory(prefix="qlx-training-") as scratch:
         job = prepare(recipe, Path(scratch), lambda line: None)
-        state = _saved_state(_work_directory(output), job)
+        state = _saved_state(work_directory(output), job)
         trainer = _trainer(job, Path(scratch))
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     process.wait()
     return open_checkpoint(output)
-
-
-@contextmanager
-def _work(output: Path, *, resume: bool, force: bool) -> Iterator[Path]:
-    """`<output>.partial`: removed on success, and when what ended the training left no state to go on from."""
-    work = _work_directory(output)
-    if resume and not work.is_dir():
-        raise UsageError(
-            f"{work}: there is no interrupted training to resume; start it without --resume"
-        )
-    if work.exists() and not resume:
-        if is_checkpoint(work / _STATE) and not force:
-            raise UsageError(
-                f"{work}: holds an interrupted training; go on with --resume, or start anew with --force"
-            )
-        if is_checkpoint(work):
-            raise UsageError(
-                f"{work}: is a checkpoint where this training would keep its state; move it, or choose another --output"
-            )
-        with held(work):
-            shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    with held(work):
-        try:
-            yield work
-        except BaseException:
-            if not is_checkpoint(work / _STATE):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _work_directory(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def interrupted_at(output: Path) -> tuple[Path, int] | None:
-    """Where the state of an unfinished training of `output` lies, and its step; None if there is none."""
-    work = _work_directory(Path(output))
-    if not is_checkpoint(work / _STATE):
-        return None
-    return work, int(load_json(work / _STATE / TRAINER_STATE_FILE)["global_step"])
 
 
 def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], Any]:
@@ -188,7 +143,7 @@ def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], An
 
 def _saved_state(work: Path, job: Job) -> Path | None:
     """The checked state to go on from; None for a training that starts."""
-    place = work / _STATE
+    place = work / STATE
     return open_state(place, job.belongs_to) if is_checkpoint(place) else None
 
 
@@ -208,7 +163,7 @@ def _trainer(job: Job, work: Path) -> Any:
             job.model, material.train, tokenizer, section, work, job.recipe.data.max_length
         )
     trainer.state_directory, trainer.belongs_to, trainer.task = (
-        work / _STATE,
+        work / STATE,
         job.belongs_to,
         job.recipe.task,
     )

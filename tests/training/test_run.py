@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 
-from qlx.checkpoint import held, open_checkpoint, read_probe, resolve_source
-from qlx.errors import UsageError
+from qlx.checkpoint import open_checkpoint, read_probe, resolve_source
 from qlx.models import forward_logits, load_model
-from qlx.training import train
-from tests.conftest import DIGITS_BASE, recipe_of
 
 RUNS = ("digits_run", "digits_run_fp4", "python_run", "python_run_fp4")
 BASES = ("digits_base", "python_base")
@@ -35,14 +32,3 @@ def test_replays_from_disk(name, request):
     )
     if probe.base is not None:
         assert np.abs(probe.base - probe.reference).max() > 0.1 * np.abs(probe.reference).max()
-
-
-def test_the_state_of_a_living_training_and_a_checkpoint_in_its_place_are_left_alone(tmp_path):
-    work = tmp_path / "run.partial"
-    work.mkdir()
-    with held(work), pytest.raises(UsageError, match=r"run\.partial: another command is writing"):
-        train(recipe_of(DIGITS_BASE), tmp_path / "run")
-    (work / "qlx.json").write_text("mine")
-    with pytest.raises(UsageError, match=r"run\.partial: is a checkpoint"):
-        train(recipe_of(DIGITS_BASE), tmp_path / "run", force=True)
-    assert (work / "qlx.json").read_text() == "mine"
