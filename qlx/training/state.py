@@ -101,7 +101,7 @@ def require_recipe(directory: Path, digest: str) -> None:
 def _other(directory: Path, what: str) -> str:
     return (
         f"{directory}: saved with another {what}; go on with that one (and the same --set), "
-        "or start anew with --force"
+        "or start anew with --force instead of --resume"
     )
 
 

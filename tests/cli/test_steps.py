@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from qlx.checkpoint import open_checkpoint, seal
+from qlx.checkpoint import Manifest, new_checkpoint, open_checkpoint, seal
 from qlx.cli import main
 from qlx.weights import read_arrays, write_arrays
 
@@ -269,7 +269,9 @@ def tiny_recipe(directory):
     return recipe
 
 
-def test_an_interrupted_training_says_what_is_there_and_how_to_go_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_an_interrupted_training_says_what_is_there_and_how_to_go_on(tmp_path, monkeypatch, force):
+    """Also with --force: what is replaced then is the run that was there, not the saved state."""
     from qlx.training.trainers import StrictTrainer
 
     recipe, output = tiny_recipe(tmp_path), tmp_path / "third run"
@@ -282,12 +284,18 @@ def test_an_interrupted_training_says_what_is_there_and_how_to_go_on(tmp_path, m
 
     monkeypatch.setattr(StrictTrainer, "training_step", interrupted)
     changes = ("--set", "training.max_steps=6", "--set", "training.save_every=4")
-    code, _, err = call("train", recipe, "-o", output, *changes)
+    if force:
+        with new_checkpoint(output) as staging:
+            seal(staging, Manifest(kind="run", task="causal-lm", tag="old"))
+    code, _, err = call("train", recipe, "-o", output, *changes, *force)
     (command,) = re.findall("go on with: qlx (.*)", err)
     assert code == 130
     assert f"the state at step 4 is kept in {output}.partial" in err
+    assert command.endswith(" ".join(("--resume", *force)))
     monkeypatch.undo()
-    assert call(*shlex.split(command))[0] == 0
+    code, _, err = call(*shlex.split(command))
+    assert (code, "resuming at step 4" in err) == (0, True)
+    assert open_checkpoint(output).manifest.task == "image-classification"
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -334,6 +342,7 @@ def test_the_adapter_is_merged_after_training_where_there_is_one(python_base, tm
     assert made["kind"] == "run"
     assert merged.exists() == ("merged" in made) == adapted
     if adapted:
+        assert not list(tmp_path.glob("*.partial"))
         assert made["merged"]["path"] == str(merged)
         assert result("verify", merged)["passed"] is True
         assert '"head_dtype": "float16"' in (merged / "qlx.json").read_text()
