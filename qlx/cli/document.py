@@ -16,7 +16,10 @@ the two. What holds for every command:
 
 - `-o/--output` is a new directory. It appears whole or not at all; one that exists is refused unless
   `--force`, which swaps the two in one step. It may not be, hold or lie inside an input, nor lie
-  inside any checkpoint; nor may a report or picture. That is asked before any work is done.
+  inside any checkpoint; nor may a report or picture, which has no place among a model's files
+  either. That is asked before any work is done.
+- `--force` replaces only what qlx made: an empty directory, or a checkpoint, damaged or not, that
+  holds nothing but files that its `qlx.json` lists. Anything else in it is named, and stays.
 - `--base` is a local directory or a hub name, optionally with `@revision`.
 - The result goes to standard output, as text or with `--json` as exactly one JSON object; progress
   and warnings go to standard error, where `--quiet` silences them. A failure under `--json` is the
