@@ -98,7 +98,9 @@ def grown(made, part):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("to", ["int4", "ternary", "gguf"])
+@pytest.mark.parametrize(
+    "to", [pytest.param(to, marks=pytest.mark.exhaustive) for to in ("ternary", "gguf")] + ["int4"]
+)
 def test_memory_grows_by_the_adapter_and_not_by_the_model(tmp_path, made, to):
     small, large = (growth(made, name, tmp_path / name, to) for name in ("small", "large"))
     assert large - small - grown(made, "adapter") < grown(made, "weights") / 5
@@ -112,6 +114,7 @@ def test_loading_the_model_would_be_seen(tmp_path, made):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.exhaustive
 def test_the_proof_loads_packed_layers_without_unpacking_them(tmp_path, made):
     growth(made, "large", tmp_path / "packed", "int4")
     packed = growth(made, "large", tmp_path / "packed", "int4", "load")

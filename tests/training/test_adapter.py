@@ -152,8 +152,9 @@ def test_another_type_of_adapter_is_named_with_what_takes_it(digits_base, tmp_pa
 def test_what_is_no_adapter_is_refused(digits_base, digits_run, python_base, tmp_path):
     with pytest.raises(InputRefused, match="without an adapter"):
         save_adapter(digits_base, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputRefused, match="adapter_config"):
-        save_adapter(tmp_path, tmp_path / "out")
+        save_adapter(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(Mismatch):
         save_adapter(digits_run, tmp_path / "out", base=str(python_base))
     assert not (tmp_path / "out").exists()

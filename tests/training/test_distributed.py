@@ -54,7 +54,7 @@ def losses(run):
     return torch.tensor([row["loss"] for row in read_metrics(Path(run) / "metrics.jsonl")])
 
 
-@pytest.mark.parametrize("task", ["digits", "python"])
+@pytest.mark.parametrize("task", ["python", pytest.param("digits", marks=pytest.mark.exhaustive)])
 def test_two_processes_are_one_with_twice_the_batch(recipe, request, tmp_path, task):
     code, out, err = qlx_train(recipe(task), tmp_path / "two", "--nproc", "2", "--json")
     assert (code, err) == (0, "")
