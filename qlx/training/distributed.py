@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,11 @@ from signal import SIGTERM
 from qlx.errors import CheckFailed, Interrupted, require
 
 __all__ = ["Process", "join_processes", "launch", "this_process"]
+
+
+_PATIENCE_SECONDS = (
+    5.0  # an error of all processes comes within moments; their engine looks every 0.1 s
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,11 @@ class Process:
     def first(self) -> bool:
         """Whether this is the process that reports and writes."""
         return self.rank == 0
+
+    def speak_last(self) -> None:
+        """Before this process ends with an error: give the first time to report what all have met."""
+        if not self.first:
+            time.sleep(_PATIENCE_SECONDS)
 
     def wait(self) -> None:
         """Go on when all processes have come to this point."""

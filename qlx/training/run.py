@@ -114,13 +114,17 @@ def train(
 
 def _take_part(recipe: Recipe, output: Path, process: Process) -> Checkpoint:
     """Train beside the first process, from the state that it has checked, and write nothing."""
-    process.wait()
-    with tempfile.TemporaryDirectory(prefix="qlx-training-") as scratch:
-        job = prepare(recipe, Path(scratch), lambda line: None)
-        state = _saved_state(work_directory(output), job)
-        trainer = _trainer(job, Path(scratch))
-        trainer.train(resume_from_checkpoint=None if state is None else str(state))
-    process.wait()
+    try:
+        process.wait()
+        with tempfile.TemporaryDirectory(prefix="qlx-training-") as scratch:
+            job = prepare(recipe, Path(scratch), lambda line: None)
+            state = _saved_state(work_directory(output), job)
+            trainer = _trainer(job, Path(scratch))
+            trainer.train(resume_from_checkpoint=None if state is None else str(state))
+        process.wait()
+    except Exception:
+        process.speak_last()
+        raise
     return open_checkpoint(output)
 
 

@@ -1,13 +1,13 @@
-"""The whole way with really trained adapters: NF4, FP4, int8 and ternary; a vision and a language model."""
+"""The whole way with really trained adapters: NF4, FP4, int8 and ternary; a vision, a heatmap and a language model."""
 
 import pytest
 
 from qlx.checkpoint import read_probe, seal
 from qlx.merging import merge
 from qlx.verification import compare, verify
-from tests.conftest import DIGITS_RUN, PYTHON_RUN, recipe_of
+from tests.conftest import DIGITS_RUN, PYTHON_RUN, TENNIS_RUN, recipe_of
 
-RUNS = ["digits_run", "digits_run_fp4", "python_run", "python_run_fp4"]
+RUNS = ["digits_run", "digits_run_fp4", "python_run", "python_run_fp4", "tennis_run"]
 
 
 @pytest.fixture(params=RUNS)
@@ -45,23 +45,40 @@ def test_the_recorded_base_is_found_by_its_name(tmp_path, pair, monkeypatch):
     assert merge(None, [run], tmp_path / "again").digest == merged.digest
 
 
-INTEGER = {"int8": {"quant_type": "int8"}, "ternary": {"quant_type": "ternary", "group_size": 64}}
+CONTENT = {"digits": DIGITS_RUN, "python": PYTHON_RUN, "tennis": TENNIS_RUN}
+SCHEMES = {
+    "int8": {"quant_type": "int8"},
+    "ternary": {"quant_type": "ternary", "group_size": 64},
+    "nf4-plain": {"quant_type": "nf4", "double_quant": False},
+    "fp4-double": {"quant_type": "fp4", "double_quant": True},
+    "int4": {"quant_type": "int4", "symmetric": False},
+}
+DEFAULT = [(kind, name) for kind in ("digits", "python") for name in ("int8", "ternary")]
 
 
-@pytest.fixture(params=[(kind, name) for kind in ("digits", "python") for name in INTEGER],
-                ids=lambda pair: "-".join(pair))  # fmt: skip
-def integer_pair(request, trained):
-    """A base and an adapter that was trained on it with its weights in int8 or ternary codes."""
+def cases():
+    """Every task with every scheme; what is not in the default suite is exhaustive."""
+    for kind in CONTENT:
+        for name in SCHEMES:
+            marks = () if (kind, name) in DEFAULT else pytest.mark.exhaustive
+            yield pytest.param((kind, name), id=f"{kind}-{name}", marks=marks)
+
+
+@pytest.fixture(params=cases())
+def quantized_pair(request, trained):
+    """A base and an adapter that was trained on it with its weights in the codes of a scheme."""
     kind, name = request.param
-    base = request.getfixturevalue(f"{kind}_base")
-    content = DIGITS_RUN if kind == "digits" else PYTHON_RUN
-    recipe = recipe_of(content, base, name=f"{kind}-{name}", quantization=INTEGER[name])
-    return base, trained(f"{kind}-{name}", recipe)
+    base, content = request.getfixturevalue(f"{kind}_base"), CONTENT[kind]
+    sections = {"name": f"{kind}-{name}", "quantization": SCHEMES[name]}
+    if kind == "tennis":
+        clips = request.getfixturevalue("tennis_clips") / "dim"
+        sections["data"] = {**content["data"], "path": str(clips)}
+    return base, trained(f"{kind}-{name}", recipe_of(content, base, **sections))
 
 
-def test_on_an_integer_base_as_trained_equals_the_unmerged_model(tmp_path, integer_pair):
+def test_on_codes_of_any_scheme_as_trained_equals_the_unmerged_model(tmp_path, quantized_pair):
     """With the negative control: the weights merged onto the original base fail in their place."""
-    base, run = integer_pair
+    base, run = quantized_pair
     merged = merge(base, [run], tmp_path / "merged", dtype="float32")
     report = verify(merged.path, tighten={"top1": 1.0})
     assert report.passed
