@@ -51,7 +51,7 @@ SCHEMES = {
     "ternary": {"quant_type": "ternary", "group_size": 64},
     "nf4-plain": {"quant_type": "nf4", "double_quant": False},
     "fp4-double": {"quant_type": "fp4", "double_quant": True},
-    "int4": {"quant_type": "int4", "symmetric": False},
+    "int4": {"quant_type": "int4", "group_size": 32, "symmetric": False},
 }
 DEFAULT = [(kind, name) for kind in ("digits", "python") for name in ("int8", "ternary")]
 
