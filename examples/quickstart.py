@@ -92,19 +92,26 @@ class Workload:
         """Merge the adapter in full precision, pack the result to NF4, and export both to ONNX."""
         base, merged, packed = self.at(self.base_name), self.at("merged"), self.at("packed")
         self.qlx("merge", "--base", base, "--adapter", self.at("adapter"), "-o", merged)
-        self.qlx("pack", merged, "-o", packed, "--to", "nf4", "--base", base)
-        self.qlx("export-onnx", merged, "-o", self.at("onnx"))
-        self.qlx("export-onnx", packed, "-o", self.at("onnx-nf4"))
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:  # both start from the merged model
+            exported = beside.submit(self.qlx, "export-onnx", merged, "-o", self.at("onnx"))
+            self.qlx("pack", merged, "-o", packed, "--to", "nf4", "--base", base)
+            self.qlx("export-onnx", packed, "-o", self.at("onnx-nf4"))
+            exported.result()
 
     def check(self) -> None:
         """Score every model on held-out data, and verify each against what training saw."""
         base = ("--base", self.at(self.base_name))
-        self.measure("base, before", self.base_name, score_with=("--data", self.qlora_recipe))
-        self.measure("adapter on NF4 base", "adapter", score_with=base, verify_with=base)
-        self.measure("merged, fp32", "merged")
-        self.measure("packed, NF4", "packed")
-        self.measure("ONNX of merged", "onnx")
-        self.measure("ONNX of packed", "onnx-nf4")
+        before = ("--data", self.qlora_recipe)  # the base is asked what the adapter is trained for
+        asked = [
+            ("base, before", self.base_name, before, ()),
+            ("adapter on NF4 base", "adapter", base, base),
+            ("merged, fp32", "merged", (), ()),
+            ("packed, NF4", "packed", (), ()),
+            ("ONNX of merged", "onnx", (), ()),
+            ("ONNX of packed", "onnx-nf4", (), ()),
+        ]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # none of these waits for another
+            self.rows = list(pool.map(lambda row: self.measure(*row), asked))
 
     def serve(self) -> None:
         """Serve the ONNX model on a free port, ask it once over HTTP, and stop it."""
@@ -171,14 +178,9 @@ class Workload:
             self.say(f"  {line}")
 
     def measure(
-        self,
-        model: str,
-        name: str,
-        *,
-        score_with: tuple[str, ...] = (),
-        verify_with: tuple[str, ...] = (),
-    ) -> None:
-        """Add a row to the table: the score from `qlx eval`, the distance from `qlx verify`."""
+        self, model: str, name: str, score_with: tuple[str, ...], verify_with: tuple[str, ...]
+    ) -> Row:
+        """A row of the table: the score from `qlx eval`, the distance from `qlx verify`."""
         scored = json.loads(self.qlx("eval", self.at(name), *score_with, "--json", show=False))
         report = json.loads(self.qlx("verify", self.at(name), *verify_with, "--json", show=False))
         score = f"{self.metric} {scored['metrics'][self.metric]:.4f}"
@@ -187,8 +189,8 @@ class Workload:
         if name == self.base_name:
             distance = "(before the adapter)"
         row = Row(model, self.folder / name, score, distance, bool(report["passed"]))
-        self.rows.append(row)
         self.say(f"  {' · '.join(row.cells)}")
+        return row
 
     def address_of(self, server: "subprocess.Popen[str]") -> str:
         """The address that a server prints once it listens."""
