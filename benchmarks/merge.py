@@ -63,7 +63,7 @@ from qlx.merging.merge import _plan
 held = mark("VmRSS")
 with Stage() as work:
     opened = open_checkpoint(adapter)
-    plan = _plan(opened, resolve_source(str(base)), None, None, True)
+    plan = _plan(opened, resolve_source(str(base)), None, (None, None), True)
     output.mkdir()
     written = write_merge(plan, output)
     assert written.fingerprint == opened.manifest.base.fingerprint

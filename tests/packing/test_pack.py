@@ -15,26 +15,9 @@ from qlx.packing import pack
 from qlx.quant import packed_fingerprint, packed_from_entries, quantize_tensor
 from qlx.verification import verify
 from qlx.weights import read_tensors
-from tests.adapter_support import FP4, NF4, NONE, Case, make_adapter, make_base
+from tests.adapter_support import FP4, NF4, NONE, Case, make_adapter
 from tests.isolation import DISTANCE, run_without
-
-KINDS = ["vit", "llama"]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return {kind: make_base(tmp_path_factory.mktemp("base") / kind, kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory, bases):
-    """A merged checkpoint of each kind, whose adapter was trained on NF4 and has a large effect."""
-    root = tmp_path_factory.mktemp("merged")
-    made = {}
-    for kind in KINDS:
-        adapter = make_adapter(bases[kind], root / f"{kind}-adapter", Case(kind, NF4))
-        made[kind] = merge(bases[kind], [adapter.path], root / kind)
-    return made
+from tests.packing.conftest import KINDS
 
 
 @pytest.mark.parametrize("to", ["nf4", "fp4"])
