@@ -20,7 +20,7 @@ from qlx.errors import NoRoom
 from qlx.merging.blocks import BLOCK, block_rows
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
-from qlx.merging.engine import CHUNK, cores
+from qlx.merging.engine import CHUNK, GATHERED, cores
 from qlx.merging.plan import MergePlan
 from qlx.quant import dequantize_tensor, quantize_tensor, row_unit
 
@@ -72,7 +72,7 @@ def working_bytes(plan: MergePlan, threads: int) -> int:
     """What that many threads take at most: the most demanding tensors at once."""
     sizes = sorted((_needs(plan, change) for change in plan.changes.values()), reverse=True)
     blocks = sum(sizes[:threads]) if sizes else 0
-    return blocks + threads * (CHUNK + _SLACK)
+    return blocks + threads * (CHUNK + 2 * GATHERED + _SLACK)
 
 
 def _needs(plan: MergePlan, change: Change) -> int:

@@ -36,7 +36,7 @@ from qlx.merging.blocks import merged_blocks, tally_of
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
-from qlx.merging.stream import bytes_of, copy_range, write_at
+from qlx.merging.stream import bytes_of, copy_range, gathered, write_all_at, write_at
 from qlx.merging.values import Rounding, codes_as_trained
 from qlx.quant import PackedTensor, one_torch_thread, packed_line
 from qlx.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, lay_out, read_into
@@ -45,6 +45,9 @@ __all__ = ["CHUNK", "Written", "cores", "target_files", "write_merge"]
 
 CHUNK = 2**20
 """Bytes that are hashed and copied at a time; they stay in the processor's cache in between."""
+
+GATHERED = 2 * 2**20
+"""Bytes of merged blocks that are written at a time: a file's writers wait for each other."""
 
 _COPIED = 16 * 2**20  # at a time, where nothing is hashed: often enough to stop on an error
 
@@ -128,8 +131,9 @@ def write_merge(plan: MergePlan, directory: Path, *, workers: int | None = None)
         targets = [stack.enter_context(_Target(directory, file)) for file in files]
         base = {path: _BaseFile(path, h.tensors) for path, h in plan.weights.headers.items()}
         job = _Job(plan, targets, base)
-        pool = stack.enter_context(_pool(workers or cores(), job))
-        for future in [pool.submit(job.run, item) for item in job.items()]:
+        count = workers or cores()
+        queue, pool = _Queue(job.items()), stack.enter_context(_pool(count, job))
+        for future in [pool.submit(job.work, queue) for _ in range(count)]:
             future.result()
         job.close()
     _write_index(plan, directory, files)
@@ -243,9 +247,47 @@ class _Item:
     target: tuple[_Target, TensorInfo] | None
     change: Change | None
 
+    @property
+    def file(self) -> str:
+        """The file that is written, or else the one that is read."""
+        if self.target is not None:
+            return self.target[0].file.name
+        assert self.source is not None
+        return self.source[0].name
+
     def size(self) -> int:
         """Bytes, of the larger side."""
         return max(side[1].nbytes for side in (self.source, self.target) if side is not None)
+
+
+class _Queue:
+    """What is left to do, handed out so that as few threads as possible write to one file.
+
+    The kernel lets one thread at a time write to a file, so two of them in one would mostly wait. The
+    largest tensors come first, so that no core is idle for long at the end.
+    """
+
+    def __init__(self, items: Iterable[_Item]) -> None:
+        self._left: dict[str, list[_Item]] = {}
+        for item in sorted(items, key=_Item.size):
+            self._left.setdefault(item.file, []).append(item)
+        self._busy = dict.fromkeys(self._left, 0)
+        self._bytes = {file: sum(map(_Item.size, items)) for file, items in self._left.items()}
+        self._lock = threading.Lock()
+
+    def take(self, last: _Item | None) -> _Item | None:
+        """The next item for the thread that has finished `last`; None when none is left."""
+        with self._lock:
+            if last is not None:
+                self._busy[last.file] -= 1
+            files = [file for file, items in self._left.items() if items]
+            if not files:
+                return None
+            file = min(files, key=lambda file: (self._busy[file], -self._bytes[file]))
+            item = self._left[file].pop()
+            self._busy[file] += 1
+            self._bytes[file] -= item.size()
+            return item
 
 
 @dataclass
@@ -261,11 +303,8 @@ class _Job:
     stopped: bool = False
     _local: threading.local = field(default_factory=threading.local)
 
-    def items(self) -> list[_Item]:
-        """All tensors of the base and of the result, the largest first so that no core waits long."""
-        return sorted(self._items(), key=_Item.size, reverse=True)
-
-    def _items(self) -> Iterator[_Item]:
+    def items(self) -> Iterator[_Item]:
+        """All tensors of the base and of the result."""
         rest = {
             name: (path, info)
             for path, header in self.plan.weights.headers.items()
@@ -295,6 +334,13 @@ class _Job:
     def _coded(self, name: str) -> bool:
         weights = self.plan.weights
         return isinstance(weights, CodedWeights) and name in weights.coded
+
+    def work(self, queue: _Queue) -> None:
+        """One thread's share: items until none is left."""
+        item = queue.take(None)
+        while item is not None:
+            self.run(item)
+            item = queue.take(item)
 
     def run(self, item: _Item) -> None:
         """Hash the base's bytes and write the result's."""
@@ -331,11 +377,12 @@ class _Job:
 
     def _replace(self, change: Change, target: _Target, place: TensorInfo) -> None:
         tally, at, sha256 = tally_of(change), place.begin, hashlib.sha256()
-        for block in merged_blocks(self.plan, change, tally, self._note_codes):
+        blocks = merged_blocks(self.plan, change, tally, self._note_codes)
+        for batch in gathered((bytes_of(block.contiguous()) for block in blocks), GATHERED):
             self._go_on()
-            data = bytes_of(block.contiguous())
-            sha256.update(data)
-            at += write_at(target.descriptor, data, at)
+            for data in batch:
+                sha256.update(data)
+            at += write_all_at(target.descriptor, batch, at)
         assert at == place.end, f"{change.name}: {at - place.begin} bytes for {place.nbytes}"
         target.hashes[change.name] = sha256.hexdigest()
         rounding = None if tally is None else tally.rounding()

@@ -6,6 +6,7 @@ shrinks is then an error instead of a signal.
 
 import errno
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from qlx.errors import CorruptCheckpoint
 from qlx.merging.coded import CodedWeights
 from qlx.weights import WeightSet, read_rows
 
-__all__ = ["bytes_of", "copy_range", "load_tensor", "write_at"]
+__all__ = ["bytes_of", "copy_range", "gathered", "load_tensor", "write_all_at", "write_at"]
 
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 _CHUNK = 2**20
+_MOST = 256  # blocks that one call may write; systems allow 1024
 
 
 def copy_range(source: int, target: int, begin: int, to: int, size: int) -> None:
@@ -58,6 +60,30 @@ def write_at(target: int, data: memoryview, offset: int) -> int:
     while done < len(data):
         done += os.pwrite(target, data[done:], offset + done)
     return done
+
+
+def write_all_at(target: int, blocks: Sequence[memoryview], offset: int) -> int:
+    """Write blocks one after another at an offset, in one call where possible; gives the bytes."""
+    total = sum(len(block) for block in blocks)
+    done = os.pwritev(target, blocks, offset)
+    at = 0
+    for block in blocks if done < total else ():  # a short write: the rest by hand
+        rest = min(len(block), max(0, at + len(block) - done))
+        write_at(target, block[len(block) - rest :], offset + at + len(block) - rest)
+        at += len(block)
+    return total
+
+
+def gathered(blocks: Iterable[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """Consecutive blocks in groups of at least `size` bytes or `_MOST` blocks, the last one perhaps smaller."""
+    group: list[memoryview] = []
+    for block in blocks:
+        group.append(block)
+        if len(group) == _MOST or sum(map(len, group)) >= size:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def load_tensor(weights: WeightSet, name: str) -> torch.Tensor:

@@ -99,3 +99,23 @@ def test_bytes_share_the_tensors_memory(tensors):
     view = bytes_of(tensors["c"])
     tensors["c"][0] = 99
     assert view[0] == 99
+
+
+def test_gathered_blocks_are_written_whole_even_when_the_system_writes_less(tmp_path, monkeypatch):
+    blocks = [bytes([at]) * (at % 7 * 1000 + 1) for at in range(50)]
+    whole = b"".join(blocks)
+    groups = list(stream.gathered(map(memoryview, blocks), 9000))
+    assert [len(b"".join(group)) >= 9000 for group in groups[:-1]] == [True] * (len(groups) - 1)
+    real = os.pwritev
+    for most in (10**9, 2500, 1):
+        monkeypatch.setattr(
+            stream.os, "pwritev", lambda fd, parts, at, most=most: os.pwrite(fd, b"".join(parts)[:most], at)
+        )  # fmt: skip
+        with open(tmp_path / "out", "wb") as file:
+            at = 5
+            for group in groups:
+                at += stream.write_all_at(file.fileno(), group, at)
+        assert (tmp_path / "out").read_bytes() == bytes(5) + whole
+    monkeypatch.setattr(stream.os, "pwritev", real)
+    monkeypatch.setattr(stream, "_MOST", 3)
+    assert {len(group) for group in stream.gathered(map(memoryview, blocks), 10**9)} == {3, 2}
