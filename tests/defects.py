@@ -28,11 +28,26 @@ DRAWN = {"vit": {"modules_to_save": ("classifier",)}, "llama": {}}
 
 TRAINED = {
     "vit-nf4": ("vit", "digits_base", "digits_run"),
+    "vitpose-nf4": ("vitpose", "tennis_base", "tennis_run"),
     "llama-nf4": ("llama", "python_base", "python_run"),
     "vit-fp4": ("vit", "digits_base", "digits_run_fp4"),
     "llama-fp4": ("llama", "python_base", "python_run_fp4"),
 }
 """Families of really trained adapters: architecture, and the fixtures of base and run."""
+
+
+ENDINGS = {
+    "vit": {},
+    "llama": {"fc1": "up_proj"},
+    "vitpose": {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output.dense"},
+}
+"""What the projections are called, where it is not q_proj, k_proj, v_proj, o_proj and fc1."""
+
+VISION = {
+    "vit": ("vit.embeddings", "classifier.weight"),
+    "vitpose": ("backbone.embeddings", "head.conv.weight"),
+}
+"""Names of the embeddings and of the head of models that see pictures."""
 
 
 class Family:
@@ -60,11 +75,7 @@ class Family:
         return shutil.copytree(self.root / kind, target / kind)
 
     def weight(self, leaf: str, layer: int = 0) -> str:
-        return next(
-            name
-            for module, name in self.names.items()
-            if f"layers.{layer}." in module and module.endswith(leaf)
-        )
+        return self.names[self.module(leaf, layer)]
 
     def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and B [out, r] of an adapted module."""
@@ -78,11 +89,17 @@ class Family:
         return spec.alpha / spec.rank
 
     def module(self, leaf: str, layer: int = 0) -> str:
-        return next(m for m in self.names if f"layers.{layer}." in m and m.endswith(leaf))
+        """The adapted module with that ending, which is a ViT's; other models have their own."""
+        ending = ENDINGS[self.kind].get(leaf, leaf)
+        return next(m for m in self.names if _in_layer(m, layer) and m.endswith(ending))
 
     def layer(self, number: int) -> list[str]:
         """Weights that are adapted in one layer, in an order that is the same in each."""
-        return sorted(name for module, name in self.names.items() if f"layers.{number}." in module)
+        return sorted(name for module, name in self.names.items() if _in_layer(module, number))
+
+
+def _in_layer(module: str, number: int) -> bool:
+    return f"layers.{number}." in module or f"layer.{number}." in module
 
 
 def family_of(request: Any, root: Path, name: str) -> Family:
@@ -117,7 +134,7 @@ class Defect:
     name: str
     text: str
     change: Callable[[Family, dict[str, torch.Tensor]], None]
-    kinds: tuple[str, ...] = ("vit", "llama")
+    kinds: tuple[str, ...] = tuple(ENDINGS)
 
 
 Change = Callable[[Family, dict[str, torch.Tensor]], None]
@@ -129,7 +146,7 @@ PACKED: list[Defect] = []
 def _defect(found: list[Defect], text: str, *kinds: str) -> Callable[[Change], Change]:
     def add(change: Change) -> Change:
         name = change.__name__.strip("_").replace("_", " ")
-        found.append(Defect(name, text, change, kinds or ("vit", "llama")))
+        found.append(Defect(name, text, change, kinds or tuple(ENDINGS)))
         return change
 
     return add
@@ -156,7 +173,7 @@ def _scaling_doubled(family, w):
 
 @_defect(MERGED, "one delta added twice, as when its alpha_pattern is ignored")
 def _one_scaling_doubled(family, w):
-    name = family.weight("fc1" if family.kind == "vit" else "up_proj")
+    name = family.weight("fc1")
     w[name] = w[name] + _delta(family, w, name)
 
 
@@ -168,8 +185,9 @@ def _scaling_off_by_a_thousandth(family, w):
 
 @_defect(MERGED, "alpha / √r in place of alpha / r")
 def _root_scaling(family, w):
+    root = family.adapter.manifest.adapter.rank ** 0.5
     for name in family.names.values():
-        w[name] = family.before[name] + 2 * _delta(family, w, name)  # r = 4
+        w[name] = family.before[name] + root * _delta(family, w, name)
 
 
 @_defect(MERGED, "alpha left out: B·A added as it is")
@@ -294,7 +312,7 @@ def _original_base(family, w):
 
 @_defect(MERGED, "one weight merged onto the base before quantization")
 def _one_weight_on_the_original(family, w):
-    name = family.weight("q_proj")
+    name = family.weight("v_proj")
     w[name] = family.stored[name] + _delta(family, w, name)
 
 
@@ -360,7 +378,7 @@ def _halves_exchanged(family, w):
 
 def _replace_base(family, w, change):
     """Dequantize one weight's base wrongly."""
-    name = family.weight("q_proj")
+    name = family.weight("v_proj")
     packed = quantize_tensor(family.stored[name], family.spec)
     wrong = dequantize_tensor(change(packed), torch.float32)
     w[name] = wrong + _delta(family, w, name)
@@ -381,19 +399,24 @@ def _rounded_to_float16(family, w):
 # --- Merged weights: what the adapter does not touch
 
 
-def _head(w):
-    return next(name for name in w if name in ("classifier.weight", "lm_head.weight"))
+def _head(family):
+    return VISION.get(family.kind, ("", "lm_head.weight"))[1]
 
 
 @_defect(MERGED, "a trained head left as in the base (where none was trained: 10 % smaller)")
 def _stale_head(family, w):
     saved = family.adapter.manifest.adapter.modules_to_save
-    w[_head(w)] = family.stored[_head(w)] * (1.0 if saved else 0.9)
+    w[_head(family)] = family.stored[_head(family)] * (1.0 if saved else 0.9)
 
 
-@_defect(MERGED, "the head's rows one too far, as when a vocabulary or label list is shifted")
+@_defect(
+    MERGED,
+    "the head's rows one too far, as when a vocabulary or label list is shifted",
+    "vit",
+    "llama",
+)
 def _head_off_by_one(family, w):
-    w[_head(w)] = w[_head(w)].roll(1, 0)
+    w[_head(family)] = w[_head(family)].roll(1, 0)
 
 
 @_defect(MERGED, "an untied head tied to the embedding", "llama")
@@ -401,7 +424,7 @@ def _head_tied(family, w):
     w["lm_head.weight"] = w["model.embed_tokens.weight"].clone()
 
 
-@_defect(MERGED, "a bias left out", "vit")
+@_defect(MERGED, "a bias left out", *VISION)
 def _bias_dropped(family, w):
     name = family.weight("fc1").replace(".weight", ".bias")
     w[name] = torch.zeros_like(w[name])
@@ -415,8 +438,8 @@ def _norm_touched(family, w):
 
 @_defect(MERGED, "embeddings one row too far")
 def _embeddings_off_by_one(family, w):
-    name = "vit.embeddings.position_embeddings"
-    if family.kind == "vit":
+    if family.kind in VISION:
+        name = f"{VISION[family.kind][0]}.position_embeddings"
         w[name] = w[name].roll(1, 1)
     else:
         w["model.embed_tokens.weight"] = w["model.embed_tokens.weight"].roll(1, 0)
@@ -424,16 +447,16 @@ def _embeddings_off_by_one(family, w):
 
 @_defect(MERGED, "embeddings rounded through the base's codec, as when every matrix is")
 def _embeddings_quantized(family, w):
-    name = "vit.embeddings.patch_embeddings.projection.weight"
-    if family.kind == "llama":
-        name = "model.embed_tokens.weight"
+    name = "model.embed_tokens.weight"
+    if family.kind in VISION:
+        name = f"{VISION[family.kind][0]}.patch_embeddings.projection.weight"
     flat = w[name].reshape(-1, 64)
     w[name] = dequantize_tensor(quantize_tensor(flat, family.spec)).reshape(w[name].shape)
 
 
 @_defect(MERGED, "the sign bit of the largest value of one weight")
 def _one_large_bit(family, w):
-    flat = w[family.weight("q_proj")].reshape(-1)
+    flat = w[family.weight("v_proj")].reshape(-1)
     flat[int(flat.abs().argmax())] *= -1
 
 
@@ -444,7 +467,7 @@ def _one_nan(family, w):
 
 @_defect(MERGED, "one infinity in the head")
 def _one_infinity(family, w):
-    w[_head(w)].view(-1)[0] = float("inf")
+    w[_head(family)].view(-1)[0] = float("inf")
 
 
 # --- Adapters
@@ -512,7 +535,7 @@ def _packed_halves_exchanged(family, w):
 
 @_defect(PACKED, "scales 5 % too large")
 def _scales_too_large(family, w):
-    name = family.weight("q_proj")
+    name = family.weight("v_proj")
     packed = packed_from_entries(w, name)
     spec = QuantSpec(scheme="nf4", group_size=64, double_quant=packed.nested is not None)
     w.update(packed_entries(quantize_tensor(dequantize_tensor(packed) * 1.05, spec), name))

@@ -1,4 +1,4 @@
-"""No false alarm on correct merges: 200 of them, over models, dtypes, codecs, ranks, sizes and seeds.
+"""No false alarm on correct merges: 206 of them, over models, dtypes, codecs, ranks, sizes and seeds.
 
 A merge proves itself on the probe before it appears, so one that is refused here is a false alarm
 as much as one that `verify` finds fault with. Every case is also compared with its adapter, layer
@@ -125,9 +125,9 @@ def test_a_correct_merge_of_a_trained_adapter_raises_no_alarm(request, tmp_path,
     assert report.passed, report.failures
 
 
-def test_the_cases_are_two_hundred_and_differ():
+def test_there_are_more_than_two_hundred_cases_and_they_differ():
     cases = [case(seed) for seed in range(DRAWN)]
-    assert len(cases) + len(TRAINED) * 3 * 2 == 200
+    assert len(cases) + len(TRAINED) * 3 * 2 == 206
     chosen = [case(seed) for seed in range(0, DRAWN, EVERY)]
     for some in (cases, chosen):
         assert {c.kind for c in some} == set(KINDS)
