@@ -25,10 +25,13 @@ from qlx.adapters.formula import (
     delta_rows,
     delta_shape,
     delta_weight,
+    fitted,
     merged_weight,
     scaling_of,
+    widened,
     with_rows,
 )
+from qlx.adapters.initial import frozen_part, is_frozen_part
 from qlx.adapters.names import disk_names
 from qlx.adapters.reader import AdapterWeights, read_adapter
 
@@ -52,6 +55,9 @@ __all__ = [
     "delta_shape",
     "delta_weight",
     "disk_names",
+    "fitted",
+    "frozen_part",
+    "is_frozen_part",
     "load_adapter",
     "lora_config",
     "merged_weight",
@@ -62,5 +68,6 @@ __all__ = [
     "save_adapter",
     "scaling_of",
     "split_experts",
+    "widened",
     "with_rows",
 ]

@@ -6,15 +6,17 @@ nothing, a key that is not loaded, a target that is not there) these functions r
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from qlx.adapters.config import CONFIG_FILE, pattern_matches
+from qlx.adapters.initial import FROZEN_PART, doubled, frozen_part, start_loftq, start_pissa
 from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
+from qlx.adapters.vocabulary import start_rows, token_targets, widen_for
 from qlx.checkpoint import AdapterSpec, canonical_json
 from qlx.errors import Mismatch, Unsupported, require
 from qlx.quant import head_modules, names_part, packed_modules, packed_of_module
@@ -58,31 +60,65 @@ def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple
 def lora_config(
     section: AdapterSection, targets: Iterable[str] | None = None, *, task: str | None = None
 ) -> Any:
-    """The `peft.LoraConfig` of a recipe's adapter section; `targets` replaces `auto`."""
+    """The `peft.LoraConfig` of a recipe's adapter section; `targets` replaces `auto`.
+
+    PiSSA and LoftQ begin as plain LoRA here: PEFT would change the base's weights for them.
+    """
     peft = require("peft", "train")
-    chosen = list(section.target_modules if targets is None else targets)
     return peft.LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=chosen,
         bias=section.bias,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
-        init_lora_weights=True if section.init_lora_weights == "default" else "gaussian",
+        init_lora_weights="gaussian" if section.initialisation == "gaussian" else True,
         rank_pattern=dict(section.rank_pattern),
         alpha_pattern=dict(section.alpha_pattern),
-        modules_to_save=list(section.modules_to_save) or None,
-        task_type=_TASKS[task],
+        **_common(section, targets, task),
     )
 
 
-def attach_adapter(model: nn.Module, section: AdapterSection, *, task: str | None = None) -> Any:
+def _vera_config(section: AdapterSection, targets: Iterable[str], task: str | None) -> Any:
+    """The `peft.VeraConfig` of a recipe's adapter section; the projections are stored, not drawn anew."""
+    peft = require("peft", "train")
+    return peft.VeraConfig(
+        r=section.rank,
+        vera_dropout=section.dropout,
+        d_initial=section.d_initial,
+        projection_prng_key=section.projection_prng_key,
+        save_projection=True,
+        bias="vera_only" if section.bias == "lora_only" else section.bias,
+        **_common(section, targets, task),
+    )
+
+
+def _common(
+    section: AdapterSection, targets: Iterable[str] | None, task: str | None
+) -> dict[str, Any]:
+    return {
+        "target_modules": list(section.target_modules if targets is None else targets),
+        "modules_to_save": list(section.modules_to_save) or None,
+        "task_type": _TASKS[task],
+    }
+
+
+def attach_adapter(
+    model: nn.Module,
+    section: AdapterSection,
+    *,
+    task: str | None = None,
+    original: Callable[[str], torch.Tensor] | None = None,
+    new_ids: Sequence[int] = (),
+) -> Any:
     """A `PeftModel` around `model` (changed in place) with a fresh adapter to train.
 
+    `original` gives the weight of a module before it was quantized, for `loftq`. `new_ids` are those
+    of the recipe's new tokens: their rows are trained, and added where the model has none for them.
+
     Raises:
-        Unsupported: a target, a module to save or a pattern matches nothing, or two patterns give
-            one module different values.
+        Unsupported: a target, a module to save or a pattern matches nothing, two patterns give
+            one module different values, or the adapter cannot begin as the section says.
     """
     peft = require("peft", "train")
     automatic = section.target_modules == "auto"
@@ -94,7 +130,20 @@ def attach_adapter(model: nn.Module, section: AdapterSection, *, task: str | Non
     adapted = [n for n in names if any(f".{n}".endswith(f".{target}") for target in targets)]
     _check_patterns("rank_pattern", section.rank_pattern, adapted)
     _check_patterns("alpha_pattern", section.alpha_pattern, adapted)
-    return peft.get_peft_model(model, lora_config(section, targets, task=task))
+    if section.type == "vera":
+        return peft.get_peft_model(model, _vera_config(section, targets, task))
+    config = lora_config(section, targets, task=task)
+    if new_ids:
+        widen_for(model, new_ids)
+        config.trainable_token_indices = token_targets(model, section, targets, new_ids)
+    with_adapter = peft.get_peft_model(model, config)
+    start_rows(with_adapter, new_ids)
+    if section.initialisation == "pissa":
+        start_pissa(with_adapter, section.svd_iterations)
+    if section.initialisation == "loftq":
+        assert original is not None
+        start_loftq(with_adapter, original)
+    return with_adapter
 
 
 def _check_named(field: str, entries: Iterable[str], names: list[str]) -> None:
@@ -132,11 +181,16 @@ def _check_patterns(field: str, patterns: Mapping[str, float], adapted: list[str
 
 def adapted_modules(peft_model: nn.Module) -> list[str]:
     """Names, in the base model, of the modules that carry an adapter."""
-    from peft.tuners.lora import LoraLayer
-
     base: Any = peft_model
     named = base.get_base_model().named_modules()
-    return [name for name, module in named if isinstance(module, LoraLayer)]
+    return [name for name, module in named if isinstance(module, _adapter_layers())]
+
+
+def _adapter_layers() -> tuple[type, ...]:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.vera import VeraLayer
+
+    return LoraLayer, VeraLayer
 
 
 def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) -> Any:
@@ -151,7 +205,9 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
     """
     peft = require("peft", "train")
     directory = Path(directory)
-    _require_same_shapes(model, read_adapter(directory).saved, directory)
+    adapter = read_adapter(directory)
+    _require_same_shapes(model, adapter.saved, directory)
+    widen_for(model, [index for rows in adapter.rows.values() for index in rows.indices])
     try:
         loaded = peft.PeftModel.from_pretrained(
             model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
@@ -202,13 +258,22 @@ def _check_loaded(peft_model: Any, directory: Path) -> None:
             raise Mismatch(f"{directory}: tensor {name!r} was not loaded as it is stored")
 
 
-def _adapter_state(peft_model: Any) -> dict[str, torch.Tensor]:
+def _adapter_state(peft_model: Any, adapter: str = "default") -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        peft_model, save_embedding_layers=False
+        peft_model, save_embedding_layers=False, adapter_name=adapter
     )
     return state
+
+
+def _stored(peft_model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The fields and tensors of an adapter as its files hold them; PiSSA's two halves are one there."""
+    fields = _json_fields(peft_model.peft_config["default"].to_dict())
+    state = _adapter_state(peft_model)
+    if frozen_part(peft_model):
+        fields, state = doubled(fields, state, _adapter_state(peft_model, FROZEN_PART))
+    return fields, {key: value.detach().cpu() for key, value in state.items()}
 
 
 def save_adapter(peft_model: Any, directory: Path, *, base_name: str | None = None) -> None:
@@ -222,15 +287,13 @@ def save_adapter(peft_model: Any, directory: Path, *, base_name: str | None = No
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = peft_model.peft_config["default"]
-    fields = _json_fields(config.to_dict())
+    fields, state = _stored(peft_model)
     name = base_name if base_name is not None else fields.get("base_model_name_or_path")
     fields |= {
         "auto_mapping": None,
         "base_model_name_or_path": None if not name or os.path.isabs(name) else name,
         "inference_mode": True,
     }
-    state = {key: value.detach().cpu() for key, value in _adapter_state(peft_model).items()}
     (directory / CONFIG_FILE).write_bytes(canonical_json(fields))
     write_tensors(directory / WEIGHTS_FILE, state, metadata={"format": "pt"})
     read_adapter(directory)
@@ -260,12 +323,12 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def _adapted_weights(peft_model: Any) -> list[str]:
     """Names of the modules whose `weight` carries an adapter, fused experts left out."""
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.lora.layer import ParamWrapper
 
     found: dict[str, None] = {}
     for name, module in peft_model.get_base_model().named_modules():
         bare = isinstance(module, ParamWrapper) and module.parameter_name != "weight"
-        if isinstance(module, LoraLayer) and not bare:
+        if isinstance(module, _adapter_layers()) and not bare:
             found[name.replace(".base_layer", "")] = None
     return list(found)
 
@@ -277,7 +340,13 @@ def _tied_copies(peft_model: Any) -> list[str]:
     return list(getattr(base, "_tied_weights_keys", None) or ()) if tied else []
 
 
-def adapter_spec(peft_model: Any, names: Mapping[str, str]) -> AdapterSpec:
+def adapter_spec(
+    peft_model: Any,
+    names: Mapping[str, str],
+    *,
+    initialized: Literal["gaussian", "pissa", "loftq"] | None = None,
+    new_tokens: Sequence[str] = (),
+) -> AdapterSpec:
     """What the manifest says about an adapter.
 
     `names` maps parameters of the base model in memory to tensors in the base's files
@@ -287,27 +356,31 @@ def adapter_spec(peft_model: Any, names: Mapping[str, str]) -> AdapterSpec:
     Raises:
         Mismatch: `names` lacks the weight of an adapted module.
     """
-    config = peft_model.peft_config["default"]
     modules = _adapted_weights(peft_model)
     names = {**{name: name for name in _tied_copies(peft_model)}, **names}
     missing = [module for module in modules if f"{module}.weight" not in names]
     if missing:
         raise Mismatch(f"adapted module {missing[0]!r} has no weight in the base's files")
     trained, total = parameter_counts(peft_model)
-    targets = config.target_modules
+    fields, _ = _stored(peft_model)
+    targets, started = fields["target_modules"], bool(frozen_part(peft_model))
+    vera = fields["peft_type"] == "VERA"
     return AdapterSpec(
-        type="lora",
-        rank=config.r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        bias=config.bias,
+        type="vera" if vera else "lora",
+        rank=fields["r"],
+        alpha=None if vera else fields["lora_alpha"],
+        dropout=fields["vera_dropout" if vera else "lora_dropout"],
+        use_rslora=fields.get("use_rslora", False),
+        use_dora=fields.get("use_dora", False),
+        bias=fields["bias"].replace("vera", "lora"),
         targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets or ())),
         tensors={module: names[f"{module}.weight"] for module in modules},
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=dict(config.alpha_pattern),
-        modules_to_save=tuple(sorted(config.modules_to_save or ())),
+        rank_pattern=fields.get("rank_pattern", {}),
+        alpha_pattern=fields.get("alpha_pattern", {}),
+        modules_to_save=tuple(sorted(fields["modules_to_save"] or ())),
         trained_parameters=trained,
-        total_parameters=total,
+        total_parameters=total - sum(value.numel() for value in frozen_part(peft_model).values()),
+        initialized=initialized,
+        trained_rank=peft_model.peft_config["default"].r if started else None,
+        new_tokens=tuple(new_tokens),
     )

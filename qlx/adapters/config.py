@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from qlx.adapters.formula import scaling_of
 from qlx.checkpoint import load_json
@@ -53,12 +53,12 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A LoRA configuration. `target_modules` is a regular expression or a tuple of name endings.
+    """A LoRA or VeRA configuration. `target_modules` is a regular expression or a tuple of name endings.
 
     `rank_pattern` and `alpha_pattern` map a module's name, its ending, or a regular expression for
     it to another rank or alpha, in the order of the file; the first that matches counts.
     `token_indices` maps the ending of an embedding's name ("" for the input embedding, whatever it
-    is called) to the rows that were trained alone.
+    is called) to the rows that were trained alone. VeRA's vectors scale by themselves: alpha is the rank.
     """
 
     rank: int
@@ -77,6 +77,7 @@ class AdapterConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     task_type: str | None = None
     base_model: str | None = None
+    kind: Literal["lora", "vera"] = "lora"
 
     def rank_of(self, module: str) -> int:
         """The rank that applies to a module, given its full name in the base model."""
@@ -133,7 +134,7 @@ def _pick(patterns: Mapping[str, T], module: str, default: T) -> T:
 
 
 def read_config(directory: Path) -> AdapterConfig:
-    """Read `adapter_config.json` in an adapter directory.
+    """Read `adapter_config.json` of LoRA or VeRA in an adapter directory.
 
     Raises:
         CorruptCheckpoint: the file is missing, is not JSON, or a field has the wrong type.
@@ -147,12 +148,13 @@ def read_config(directory: Path) -> AdapterConfig:
     if not isinstance(raw, dict):
         raise CorruptCheckpoint(f"{path}: not a JSON object")
     reader = _Reader(path, raw)
-    if reader.take("peft_type", str, "LORA") != "LORA":
+    kind = reader.take("peft_type", str, "LORA")
+    if kind not in ("LORA", "VERA"):
         raise Unsupported(
-            f"{path}: an adapter of type {raw['peft_type']}; only LORA ones are kept apart from their "
+            f"{path}: an adapter of type {kind}; only LORA and VERA ones are kept apart from their "
             "base, fold this one into it with `qlx merge`"
         )
-    config = reader.config()
+    config = reader.config() if kind == "LORA" else reader.vera_config()
     reader.refuse_the_rest()
     return config
 
@@ -209,6 +211,29 @@ class _Reader:
             alpha_pattern=self._patterns("alpha_pattern", (int, float)),
             task_type=self.take("task_type", str, None),
             base_model=self.take("base_model_name_or_path", str, None) or None,
+        )
+
+    def vera_config(self) -> AdapterConfig:
+        """The same of VeRA (arXiv 2310.11454), whose projections must be stored with it."""
+        for name in ("d_initial", "projection_prng_key", "init_weights"):
+            self.rest.pop(name, None)  # how it began; the values are all stored
+        if not self.take("save_projection", bool, True):
+            raise Unsupported(
+                f"{self.path}: its random projections are not stored (save_projection), and another version of torch "
+                "may draw other ones; save it with them, or fold it into its base with `qlx merge`"
+            )
+        rank = self._positive("r", self.take("r", int, 256))
+        return AdapterConfig(
+            rank=rank,
+            alpha=rank,
+            dropout=self.take("vera_dropout", (int, float), 0.0),
+            bias=self._one_of("bias", ("none", "all", "vera_only")).replace("vera", "lora"),
+            fan_in_fan_out=self.take("fan_in_fan_out", bool, False),
+            target_modules=self._names("target_modules"),
+            modules_to_save=tuple(self._names("modules_to_save")),
+            task_type=self.take("task_type", str, None),
+            base_model=self.take("base_model_name_or_path", str, None) or None,
+            kind="vera",
         )
 
     def _positive(self, name: str, value: Any) -> Any:

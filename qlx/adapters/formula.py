@@ -1,7 +1,8 @@
 """What an adapter does to a weight, written once: training's forward, merging and packing agree by it.
 
-LoRA (arXiv 2106.09685), rsLoRA's scaling (arXiv 2312.03732) and DoRA's magnitudes (arXiv
-2402.09353). Everything is computed in float32; the caller rounds once to the target dtype.
+LoRA (arXiv 2106.09685), rsLoRA's scaling (arXiv 2312.03732), DoRA's magnitudes (arXiv
+2402.09353) and VeRA's vectors (arXiv 2310.11454). Everything is computed in float32; the caller
+rounds once to the target dtype.
 """
 
 from dataclasses import dataclass, replace
@@ -23,9 +24,12 @@ __all__ = [
     "delta_rows",
     "delta_shape",
     "delta_weight",
+    "fitted",
     "merged_weight",
     "scaling_of",
     "unoriented",
+    "vera_delta",
+    "widened",
     "with_rows",
 ]
 
@@ -44,6 +48,7 @@ class LoraDelta:
     expert) and `b` [out, r n] (the expert counts fastest); see `delta_of_expert`.
     `fan_in_fan_out` says that a linear weight is stored as [in, out] (transformers' `Conv1D`).
     `bias` [out] is the bias of B, added to the module's own after scaling.
+    `shared` says that `a` is as wide as the widest layer that shares it (VeRA); `fitted` cuts it.
     """
 
     module: str
@@ -55,6 +60,7 @@ class LoraDelta:
     kind: Kind = "linear"
     fan_in_fan_out: bool = False
     experts: int = 1
+    shared: bool = False
 
     @property
     def rank(self) -> int:
@@ -90,6 +96,40 @@ class TokenRows:
 def scaling_of(alpha: float, rank: int, *, use_rslora: bool) -> float:
     """Give alpha / r, or alpha / sqrt(r) for rsLoRA."""
     return alpha / sqrt(rank) if use_rslora else alpha / rank
+
+
+def vera_delta(
+    module: str, a: Tensor, b: Tensor, inner: Tensor, outer: Tensor, *, fan_in_fan_out: bool = False
+) -> LoraDelta:
+    """VeRA's update diag(outer) B diag(inner) A as a low-rank one with scaling 1.
+
+    The projections `a` [r, widest in] and `b` [widest out, r] are shared; the layer uses the first columns of
+    the one, which only its weight can count, and the first rows of the other. `inner` [r], `outer` [out].
+    """
+    own_b = outer.float()[:, None] * b[: len(outer)].float()
+    return LoraDelta(
+        module=module,
+        a=inner.float()[:, None] * a.float(),
+        b=own_b,
+        scaling=1.0,
+        fan_in_fan_out=fan_in_fan_out,
+        shared=True,
+    )
+
+
+def fitted(delta: LoraDelta, inputs: int) -> LoraDelta:
+    """The update with its own columns of a shared A, for a weight with so many inputs.
+
+    Raises:
+        Mismatch: A has fewer.
+    """
+    if not delta.shared:
+        return delta
+    if delta.a.shape[1] < inputs:
+        raise Mismatch(
+            f"module {delta.module!r}: the weight has {inputs} inputs, the shared projection {delta.a.shape[1]}"
+        )
+    return replace(delta, a=delta.a[:, :inputs], shared=False)
 
 
 def delta_shape(delta: LoraDelta) -> tuple[int, ...]:
@@ -150,6 +190,22 @@ def delta_rows(delta: LoraDelta, rows: slice) -> LoraDelta | None:
         return replace(delta, a=delta.a[:, rows], bias=None)
     magnitude = None if delta.magnitude is None else delta.magnitude[rows]
     return replace(delta, b=delta.b[rows], magnitude=magnitude, bias=None)
+
+
+def widened(shape: tuple[int, ...], rows: TokenRows) -> tuple[int, ...]:
+    """The shape of an embedding [vocabulary, dim] that has room for all of `rows`.
+
+    Raises:
+        Mismatch: a row in between would have no values.
+    """
+    count = max(shape[0], *(index + 1 for index in rows.indices))
+    gap = set(range(shape[0], count)) - set(rows.indices)
+    if gap:
+        raise Mismatch(
+            f"module {rows.module!r}: the embedding is {list(shape)}, the adapter replaces row {count - 1} and has "
+            f"none for row {min(gap)}"
+        )
+    return (count, *shape[1:])
 
 
 def with_rows(base: Tensor, rows: TokenRows) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlx.adapters.config import AdapterConfig, read_config
-from qlx.adapters.formula import Kind, LoraDelta, TokenRows
+from qlx.adapters.formula import Kind, LoraDelta, TokenRows, vera_delta
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, UnsafeInput, Unsupported
 from qlx.weights import read_tensors
 
@@ -33,7 +33,11 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".token_adapter.trainable_tokens_delta": "rows",
+    ".vera_lambda_d": "inner",
+    ".vera_lambda_b": "outer",
 }
+# The two tensors that all modules of a VeRA adapter share.
+_PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ class AdapterWeights:
 
 
 def read_adapter(directory: Path) -> AdapterWeights:
-    """Read a PEFT LoRA directory: LoRA, rsLoRA or DoRA, parameters saved whole, single trained tokens.
+    """Read a PEFT directory: LoRA, rsLoRA, DoRA or VeRA, parameters saved whole, single trained tokens.
 
-    The layers may be linear, embeddings or 2-d convolutions, bare parameters or fused experts.
+    The layers may be linear, embeddings or 2-d convolutions, bare parameters or fused experts; VeRA's are
+    linear.
 
     Raises:
         CorruptCheckpoint: a file is missing or malformed, or a tensor's partner is missing.
@@ -83,7 +88,9 @@ def read_adapter(directory: Path) -> AdapterWeights:
         raise CorruptCheckpoint(f"{path} is missing")
     parts: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    for key, tensor in read_tensors(path).items():
+    tensors = read_tensors(path)
+    shared = _projections(path, config, tensors) if config.kind == "vera" else None
+    for key, tensor in tensors.items():
         _check_tensor(path, key, tensor)
         name = key.removeprefix(_PREFIX)
         ending = next((e for e in _PARTS if name.endswith(e)), None)
@@ -95,7 +102,12 @@ def read_adapter(directory: Path) -> AdapterWeights:
         raise CorruptCheckpoint(f"{path} holds no tensor")
     rowed = [module for module, found in parts.items() if "rows" in found]
     rows = {module: _rows(path, config, module, parts.pop(module)) for module in rowed}
-    updates = [_delta(path, config, module, found) for module, found in parts.items()]
+    updates = [
+        _delta(path, config, module, found)
+        if shared is None
+        else _vera(path, config, module, found, shared)
+        for module, found in parts.items()
+    ]
     deltas = {delta.module: delta for delta in updates}
     if len(deltas) != len(updates):
         raise CorruptCheckpoint(f"{path}: two updates are for the same module or parameter")
@@ -119,6 +131,42 @@ def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:
         raise Unsupported(f"{path}: tensor {key!r} has dtype {tensor.dtype}, expected a float")
     if not bool(torch.isfinite(tensor).all()):
         raise InputRefused(f"{path}: tensor {key!r} holds NaN or infinite values")
+
+
+def _projections(
+    path: Path, config: AdapterConfig, tensors: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A [r, widest in] and B [widest out, r] of a VeRA adapter, taken out of its tensors."""
+    missing = [name for name in _PROJECTIONS if name not in tensors]
+    if missing:
+        raise CorruptCheckpoint(f"{path}: tensor {missing[0]!r} is missing")
+    a, b = (tensors.pop(name) for name in _PROJECTIONS)
+    for name, tensor, rank in zip(_PROJECTIONS, (a, b), (a.shape[:1], b.shape[1:]), strict=True):
+        _check_tensor(path, name.replace("base_model.", _PREFIX), tensor)
+        if tensor.dim() != 2 or rank != (config.rank,):
+            raise Mismatch(
+                f"{path}: {name!r} is {list(tensor.shape)}, the configuration says rank {config.rank}"
+            )
+    return a, b
+
+
+def _vera(
+    path: Path,
+    config: AdapterConfig,
+    module: str,
+    parts: Mapping[str, Tensor],
+    shared: tuple[Tensor, Tensor],
+) -> LoraDelta:
+    where = f"{path}: module {module!r}"
+    if set(parts) != {"inner", "outer"}:
+        raise CorruptCheckpoint(f"{where} does not have exactly the two vectors of VeRA")
+    inner, outer = parts["inner"], parts["outer"]
+    if inner.shape != (config.rank,) or outer.dim() != 1 or len(outer) > len(shared[1]):
+        raise Mismatch(
+            f"{where}: vectors {list(inner.shape)} and {list(outer.shape)} do not fit the projections of rank "
+            f"{config.rank} and {len(shared[1])} outputs"
+        )
+    return vera_delta(module, *shared, inner, outer, fan_in_fan_out=config.fan_in_fan_out)
 
 
 def _rows(path: Path, config: AdapterConfig, module: str, parts: Mapping[str, Tensor]) -> TokenRows:

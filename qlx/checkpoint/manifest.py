@@ -121,10 +121,14 @@ class AdapterSpec(_Frozen):
     """What was trained: adapter type, rank, scaling, targets, and how many parameters.
 
     `tensors` maps each adapted module (in-memory name) to its weight's name in the base's files.
-    `type` is `full` when the whole model was trained and there is no adapter.
+    `type` is `full` when the whole model was trained and there is no adapter. `rank` and `alpha` are
+    those of the stored factors. `initialized` (`gaussian`, `pissa`, `loftq`) says how they began where
+    that was not LoRA's usual way; of `pissa` the trained rank is half the stored one, `trained_rank`.
+    `new_tokens` are the tokens that training added to the base's vocabulary. These three are left out
+    where they say nothing.
     """
 
-    type: Literal["lora", "full"] = "lora"
+    type: Literal["lora", "vera", "full"] = "lora"
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
@@ -138,6 +142,15 @@ class AdapterSpec(_Frozen):
     modules_to_save: tuple[str, ...] = ()
     trained_parameters: int | None = None
     total_parameters: int | None = None
+    initialized: Literal["gaussian", "pissa", "loftq"] | None = None
+    trained_rank: int | None = None
+    new_tokens: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = inner(self)
+        rare = ("initialized", "trained_rank", "new_tokens")
+        return {name: value for name, value in fields.items() if value or name not in rare}
 
 
 class Step(_Frozen):

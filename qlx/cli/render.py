@@ -194,9 +194,15 @@ def _adapter(spec: Mapping[str, Any]) -> str:
     share = ""
     if spec["total_parameters"]:
         share = f" ({100 * (spec['trained_parameters'] or 0) / spec['total_parameters']:.2g} %)"
-    flags = "".join(f", {name}" for name in ("use_rslora", "use_dora") if spec[name])
+    flags = "" if spec["alpha"] is None else f", alpha {spec['alpha']:g}"
+    flags += "".join(f", {name}" for name in ("use_rslora", "use_dora") if spec[name])
+    if "initialized" in spec:
+        half = f" (rank {spec['trained_rank']} trained)" if "trained_rank" in spec else ""
+        flags += f", begun as {spec['initialized']}{half}"
+    if "new_tokens" in spec:
+        flags += f", {len(spec['new_tokens'])} new tokens"
     return (
-        f"{spec['type']} of rank {spec['rank']}, alpha {spec['alpha']:g}{flags}, "
+        f"{spec['type']} of rank {spec['rank']}{flags}, "
         f"{len(spec['tensors'])} modules, {trained} parameters trained{share}"
     )
 

@@ -29,11 +29,13 @@ from qlx.inputs.splits import (
 )
 from qlx.inputs.text import (
     TEMPLATE_FILE,
+    TOKENIZER_FILE,
     TOKENIZER_FILES,
     TextCodec,
     TextExample,
     load_tokenizer,
     train_tokenizer,
+    with_tokens,
 )
 from qlx.inputs.tracknet import ABSENT, KeypointSplit, read_clips
 
@@ -43,6 +45,7 @@ __all__ = [
     "DETECTED",
     "PREPROCESSOR_FILE",
     "TEMPLATE_FILE",
+    "TOKENIZER_FILE",
     "TOKENIZER_FILES",
     "TOLERANCE",
     "Batch",
@@ -78,4 +81,5 @@ __all__ = [
     "split_digest",
     "text_batches",
     "train_tokenizer",
+    "with_tokens",
 ]

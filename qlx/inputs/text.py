@@ -15,11 +15,13 @@ from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
 
 __all__ = [
     "TEMPLATE_FILE",
+    "TOKENIZER_FILE",
     "TOKENIZER_FILES",
     "TextCodec",
     "TextExample",
     "load_tokenizer",
     "train_tokenizer",
+    "with_tokens",
 ]
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -226,6 +228,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> dict[str, bytes]:
         ),
         TEMPLATE_FILE: _ROLE_TEMPLATE.encode(),
     }
+
+
+def with_tokens(
+    files: Mapping[str, bytes], tokens: Sequence[str]
+) -> tuple[dict[str, bytes], tuple[int, ...]]:
+    """The files of a tokenizer that knows more tokens, and their ids, which come after all others.
+
+    The new ones are ordinary tokens (decoding shows them) that no other text is ever joined with.
+
+    Raises:
+        InputRefused: one is in the vocabulary already, or the tokenizer cannot take it.
+    """
+    if not tokens:
+        return dict(files), ()
+    library = require("tokenizers", "train")
+    tokenizer = library.Tokenizer.from_str(files[TOKENIZER_FILE].decode())
+    known = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    for token in tokens:
+        if tokenizer.token_to_id(token) is not None:
+            raise InputRefused(
+                f"adapter.new_tokens: {token!r} is in the base's vocabulary already; leave it out"
+            )
+    tokenizer.add_tokens([library.AddedToken(token, normalized=False) for token in tokens])
+    ids = tuple(tokenizer.token_to_id(token) for token in tokens)
+    if known & set(ids) or any(
+        tokenizer.encode(t).ids.count(i) != 1 for t, i in zip(tokens, ids, strict=True)
+    ):
+        raise InputRefused("adapter.new_tokens: this base's tokenizer cannot take new tokens")
+    return {**files, TOKENIZER_FILE: tokenizer.to_str(pretty=False).encode()}, ids
 
 
 _ROLE_TEMPLATE = (

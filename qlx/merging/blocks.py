@@ -19,7 +19,7 @@ from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
 from qlx.merging.values import Rounding, codes_as_trained, stored_dtype
 from qlx.quant import PackedTensor, packed_rows, value_unit
-from qlx.weights import read_rows, torch_dtype
+from qlx.weights import WeightSet, read_rows, torch_dtype
 
 __all__ = ["BLOCK", "Tally", "block_rows", "merged_blocks", "merged_value"]
 
@@ -122,9 +122,6 @@ def block_rows(change: Change, unit: int) -> int:
 
 
 def _needs_all_rows(change: Change) -> bool:
-    rows = change.rows
-    if rows is not None and max(rows.indices) >= _shape(change)[0]:
-        return True  # refused where they are applied
     return change.delta is not None and delta_rows(change.delta, slice(0, 1)) is None
 
 
@@ -153,7 +150,15 @@ def _base_rows(
         stored = weights.packed(name)
         return lambda rows: packed_rows(stored, rows).values(), value_unit(stored)
     dtype = stored_dtype(spec) if change.as_trained else torch.float32
-    return lambda rows: read_rows(weights, name, rows).to(dtype).float(), 1
+    return lambda rows: _known_rows(weights, name, rows).to(dtype).float(), 1
+
+
+def _known_rows(weights: WeightSet, name: str, rows: slice) -> Tensor:
+    """Rows of a tensor; those of new tokens, which lie behind its end, are zero until they are replaced."""
+    count = (weights[name].shape or (1,))[0]
+    known = read_rows(weights, name, slice(min(rows.start, count), min(rows.stop, count)))
+    missing = rows.stop - rows.start - len(known)
+    return torch.cat([known, known.new_zeros(missing, *known.shape[1:])]) if missing else known
 
 
 def _compared_with(plan: MergePlan, change: Change, base: Rows) -> Rows | None:

@@ -186,6 +186,7 @@ def _require_plain(adapter: Checkpoint, found: AdapterWeights) -> None:
         ("a DoRA magnitude", [d.module for d in found.deltas.values() if d.magnitude is not None]),
         ("a bias of B", [d.module for d in found.deltas.values() if d.bias is not None]),
         ("an update of a bare parameter", bare),
+        ("a projection of VeRA", [d.module for d in found.deltas.values() if d.shared]),
         ("a parameter saved whole", sorted(found.saved)),
         ("single trained tokens", sorted(found.rows)),
     ):

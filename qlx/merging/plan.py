@@ -17,7 +17,9 @@ from qlx.adapters import (
     delta_bias,
     delta_shape,
     disk_names,
+    fitted,
     split_experts,
+    widened,
 )
 from qlx.checkpoint import AdapterSpec, Manifest, QuantSpec
 from qlx.errors import CheckFailed, Mismatch, Unsupported
@@ -135,6 +137,11 @@ def plan_merge(
     cast, head_cast = _float(dtype), _float(head_dtype)
     if manifest.adapter is None:
         raise Mismatch(f"checkpoint {manifest.tag!r} holds no adapter to merge")
+    if onto == "original" and manifest.adapter.initialized == "loftq":
+        raise Unsupported(
+            "the adapter began as what quantization took from the base (loftq), so it belongs to the quantized one; "
+            "leave --onto original out"
+        )
     if manifest.quantization.activation_bits is not None:
         raise Unsupported(
             "the adapter was trained on layers that round their inputs, which merged weights cannot "
@@ -215,6 +222,8 @@ class _Updates:
         value, stored = self.values.get(name), base.stored(name)
         own = torch_dtype_name(_known(value).dtype) if stored is None else stored[0]
         shape = _known(stored)[1] if value is None else tuple(value.shape)
+        if name in self.rows:
+            shape = widened(shape, self.rows[name])
         return Change(
             name=name,
             dtype=_cast(own, cast),
@@ -325,7 +334,7 @@ def _placed(base: _Base, delta: LoraDelta) -> dict[str, LoraDelta]:
     flipped = stores_transposed(base.model_type, delta.module)
     if delta.kind == "linear" and delta.fan_in_fan_out != flipped:
         delta = replace(delta, fan_in_fan_out=flipped)
-    return {name: delta}
+    return {name: fitted(delta, _known(base.stored(name))[1][0 if flipped else -1])}
 
 
 def _check_fits(

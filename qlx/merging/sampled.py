@@ -128,7 +128,11 @@ def _base(plan: MergePlan, change: Change, rows: Sequence[int]) -> Tensor:
         return torch.cat(found)
     if isinstance(weights, CodedWeights) and name in weights.coded:
         return load_tensor(weights, name)[list(rows)].double().reshape(len(rows), -1)
-    stored = torch.cat([_row(weights, name, row) for row in rows])
+    count = (weights[name].shape or (1,))[0]
+    first = torch.zeros_like(
+        _row(weights, name, 0)
+    )  # for the rows of new tokens, which the base has not
+    stored = torch.cat([_row(weights, name, row) if row < count else first for row in rows])
     seen = stored.to(stored_dtype(spec)) if change.as_trained else stored
     return seen.double().reshape(len(rows), -1)
 

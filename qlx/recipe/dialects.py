@@ -22,6 +22,7 @@ MOVES: tuple[tuple[Location, Location], ...] = (
     (("adapter", "r"), ("adapter", "rank")),
     (("adapter", "lora_alpha"), ("adapter", "alpha")),
     (("adapter", "lora_dropout"), ("adapter", "dropout")),
+    (("adapter", "vera_dropout"), ("adapter", "dropout")),
     (("quantization", "bnb_4bit_quant_type"), ("quantization", "quant_type")),
     (("quantization", "bnb_4bit_use_double_quant"), ("quantization", "double_quant")),
     (("quantization", "bnb_4bit_compute_dtype"), ("quantization", "compute_dtype")),

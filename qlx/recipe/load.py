@@ -60,6 +60,11 @@ def _message(details: Sequence[ErrorDetails], located: Located, where: str) -> s
     """Describe the deepest error; what the members of a union each want is joined with `or`."""
     detail = max(details, key=lambda item: len(_strip_variants(item["loc"], located.value)))
     location = _strip_variants(detail["loc"], located.value)
+    same = [
+        item["msg"] for item in details if _strip_variants(item["loc"], located.value) == location
+    ]
+    if detail["type"] == "misfit":  # found by a section as a whole, which names the field
+        location = (*location, *detail["ctx"]["field"].split("."))
     line = _line(location, located)
     field = ".".join(str(part) for part in location) or "recipe"
     place = f"{where}: " + ("--set: " if line == 0 else f"line {line}: ")
@@ -67,9 +72,6 @@ def _message(details: Sequence[ErrorDetails], located: Located, where: str) -> s
         return f"{place}unknown field {field!r}{_did_you_mean(location)}"
     if detail["type"] == "missing":
         return f"{place}field {field!r} is missing"
-    same = [
-        item["msg"] for item in details if _strip_variants(item["loc"], located.value) == location
-    ]
     what = " or ".join(_plain(message) for message in dict.fromkeys(same))
     shown = "" if isinstance(detail["input"], dict) else f" (it is {detail['input']!r})"
     return f"{place}{field}: {what}{shown}"

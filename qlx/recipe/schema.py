@@ -4,9 +4,17 @@ Unknown fields are refused. `docs/recipes.md` explains the fields; `recipes/` ho
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from qlx.checkpoint import Task, bytes_digest, canonical_json
 
@@ -36,7 +44,18 @@ def _regular_expression(text: str) -> str:
     return text
 
 
+def misfit(field: str, why: str) -> PydanticCustomError:
+    """The error of a field, by its path from the section, that does not go with others in the recipe."""
+    return PydanticCustomError("misfit", "{why}", {"why": why, "field": field})
+
+
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
+Token = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S+$")]
+Initialisation = Annotated[
+    Literal["default", "gaussian", "pissa", "loftq"]
+    | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]?$")],
+    BeforeValidator(lambda value: "default" if value is True else value),
+]
 _BLOCKED = ("nf4", "fp4")
 _BUILT: dict[Task, str] = {
     "image-classification": "vit",
@@ -105,11 +124,16 @@ class ArchitectureSection(_Section):
 
 
 class BaseSection(_Section):
-    """The frozen model: a local directory or hub name in `path`, or an architecture to train from scratch."""
+    """The frozen model: a local directory or hub name in `path`, or an architecture to train from scratch.
+
+    With `offload` its weights wait in memory beside the device (`cpu`) or in their files (`disk`), and are lent
+    to each layer while it runs.
+    """
 
     path: str | None = None
     revision: str | None = None
     dtype: Dtype = "float32"
+    offload: Literal["none", "cpu", "disk"] = "none"
     from_scratch: ArchitectureSection | None = None
 
     @model_validator(mode="after")
@@ -163,9 +187,15 @@ class DataSection(_Section):
 
 
 class AdapterSection(_Section):
-    """Low-rank adapter. scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+    """Low-rank adapter. scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
 
-    type: Literal["lora"] = "lora"
+    Of a `vera` adapter all layers share two frozen random matrices of `rank`, drawn with
+    `projection_prng_key`; two vectors a layer are trained, the inner one beginning at `d_initial`.
+    `init_lora_weights` are PEFT's names (`true` is `default`). `new_tokens` are texts that become single
+    tokens of a language model; their rows in embedding and head are trained with the adapter.
+    """
+
+    type: Literal["lora", "vera"] = "lora"
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Fraction = 0.0
@@ -173,10 +203,55 @@ class AdapterSection(_Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: Literal["default", "gaussian"] = "default"
+    init_lora_weights: Initialisation = "default"
     rank_pattern: dict[Pattern, Positive] = Field(default_factory=dict)
     alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    new_tokens: tuple[Token, ...] = ()
+    d_initial: Annotated[float, Field(gt=0)] = 0.1
+    projection_prng_key: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wide_vera(cls, value: Any) -> Any:
+        """VeRA trains rank + outputs values a layer, so its rank is of another size: PEFT's 256."""
+        if isinstance(value, dict) and value.get("type") == "vera":
+            return {"rank": 256, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _fits_type(self) -> Self:
+        fields = type(self).model_fields
+        for name in _LORA_ONLY if self.type == "vera" else _VERA_ONLY:
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True):
+                raise misfit(name, f"does not apply to an adapter of type {self.type!r}")
+        if self.use_dora and self.initialisation in ("pissa", "loftq"):
+            raise misfit(
+                "init_lora_weights",
+                f"{self.initialisation} does not work with use_dora, whose magnitudes are those of the base "
+                "without an adapter; leave one of them out",
+            )
+        if len(set(self.new_tokens)) != len(self.new_tokens):
+            raise misfit("new_tokens", "names a token twice")
+        return self
+
+    @property
+    def initialisation(self) -> Literal["default", "gaussian", "pissa", "loftq"]:
+        """How A and B begin, without the number of iterations that PiSSA may take."""
+        name = self.init_lora_weights.partition("_niter_")[0]
+        return cast(Literal["default", "gaussian", "pissa", "loftq"], name)
+
+    @property
+    def svd_iterations(self) -> int | None:
+        """Iterations of PiSSA's fast singular value decomposition; None: the exact one."""
+        _, fast, count = self.init_lora_weights.partition("_niter_")
+        return int(count) if fast else None
+
+
+_LORA_ONLY = (
+    "alpha", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "new_tokens",
+)  # fmt: skip
+_VERA_ONLY = ("d_initial", "projection_prng_key")
 
 
 class QuantizationSection(_Section):
@@ -244,7 +319,12 @@ class QuantizationSection(_Section):
 
 
 class TrainingSection(_Section):
-    """How long and how fast; `epochs` or `max_steps`, the latter wins."""
+    """How long and how fast; `epochs` or `max_steps`, the latter wins.
+
+    With `eval_every` the held-out examples are scored every so many steps and at the end; the weights with the
+    lowest held-out loss are the result (`keep_best`), and the training ends once that loss was not lower for
+    `early_stopping_patience` evaluations.
+    """
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None
@@ -259,7 +339,17 @@ class TrainingSection(_Section):
     completion_only: bool = True
     log_every: Positive = 10
     save_every: Positive = 200
+    eval_every: Positive | None = None
+    early_stopping_patience: Positive | None = None
+    keep_best: bool = True
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _looks_at_held_out(self) -> Self:
+        if self.eval_every is None and (self.early_stopping_patience or not self.keep_best):
+            field = "early_stopping_patience" if self.early_stopping_patience else "keep_best"
+            raise ValueError(f"{field} needs eval_every: how many steps apart the evaluations are")
+        return self
 
 
 class ProbeSection(_Section):
@@ -299,6 +389,8 @@ class Recipe(_Section):
             raise ValueError(
                 "an adapter needs a pretrained base; give base.path instead of base.from_scratch"
             )
+        self._check_adapter()
+        self._check_offload()
         if self.keep_lm_head_fp16 and not (self.merge_after_train and self.task == "causal-lm"):
             raise ValueError(
                 "keep_lm_head_fp16 is about the merged language model; set merge_after_train, or leave it out"
@@ -312,6 +404,35 @@ class Recipe(_Section):
                 f"not {scratch.model_type!r}"
             )
         return self
+
+    def _check_adapter(self) -> None:
+        adapter = self.adapter
+        if adapter is None:
+            return
+        if adapter.initialisation == "loftq" and self.quantization is None:
+            raise misfit(
+                "adapter.init_lora_weights",
+                "loftq makes up for what quantization takes from the base; add the section quantization (a base that "
+                "comes as codes has no other weights to compare with)",
+            )
+        if adapter.new_tokens and self.task != "causal-lm":
+            raise misfit("adapter.new_tokens", f"are for language models, not for {self.task}")
+
+    def _check_offload(self) -> None:
+        """Offloaded weights are read twice a step and never written, nor looked at between layers."""
+        adapter = self.adapter
+        if self.base.offload == "none":
+            return
+        if adapter is None:
+            raise misfit("base.offload", "is for a frozen base; add the section adapter")
+        if not self.training.gradient_checkpointing:
+            why = "needs training.gradient_checkpointing: true, or every weight would be kept until the backward pass"
+            raise misfit("base.offload", why)
+        asked = {"use_dora": adapter.use_dora, "new_tokens": adapter.new_tokens}
+        asked |= {"init_lora_weights": adapter.initialisation == "pissa"}
+        wrong = [name for name, value in asked.items() if value]
+        if wrong:
+            raise misfit(f"adapter.{wrong[0]}", "needs the base in memory; leave out base.offload")
 
     @property
     def digest(self) -> str:

@@ -84,7 +84,7 @@ def _from_run(run: Checkpoint, output: Path, base: str | None, force: bool) -> C
     if (
         manifest.kind not in ("run", "adapter")
         or manifest.adapter is None
-        or manifest.adapter.type != "lora"
+        or manifest.adapter.type == "full"
     ):
         raise InputRefused(
             f"{run.path}: a checkpoint of kind {manifest.kind!r} without an adapter of its own"

@@ -4,9 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlx.checkpoint import Source, hub_name, resolve_source
 from qlx.errors import require
-from qlx.inputs import ImagePreprocessor, ImageSplit, KeypointSplit, Loaded, TextCodec, load_split
+from qlx.inputs import (
+    TOKENIZER_FILE,
+    ImagePreprocessor,
+    ImageSplit,
+    KeypointSplit,
+    Loaded,
+    TextCodec,
+    load_split,
+    with_tokens,
+)
 from qlx.models import (
     Labels,
     auto_class,
@@ -122,16 +133,31 @@ def _check_model(recipe: Recipe, base: Path | None, train: Loaded) -> _Findings:
     elif section is not None:
         quantized = tuple(eligible_modules(model, section.skip_modules, section.values_per_scale))
     adapted: tuple[str, ...] = ()
-    if recipe.adapter is not None:
-        model = attach_adapter(model, recipe.adapter, task=recipe.task)
+    if recipe.adapter is not None and base is not None:
+        model = attach_adapter(
+            model,
+            recipe.adapter,
+            task=recipe.task,
+            original=_unread,
+            new_ids=_new_ids(recipe, base),
+        )
         adapted = tuple(adapted_modules(model))
     return _Findings(adapted, quantized, *parameter_counts(model))
 
 
+def _new_ids(recipe: Recipe, base: Path) -> tuple[int, ...]:
+    tokens = recipe.adapter.new_tokens if recipe.adapter else ()
+    files = {TOKENIZER_FILE: (base / TOKENIZER_FILE).read_bytes()} if tokens else {}
+    return with_tokens(files, tokens)[1]
+
+
+def _unread(module: str) -> torch.Tensor:
+    """Models on the meta device have no values to compare a weight's with."""
+    raise AssertionError(module)
+
+
 def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
     """The recipe's architecture on torch's meta device; a base's preprocessing files are read, too."""
-    import torch
-
     labels = Labels(train.classes) if isinstance(train, ImageSplit) else None
     if isinstance(train, KeypointSplit):
         labels = Labels(train.names)

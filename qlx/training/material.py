@@ -25,6 +25,7 @@ from qlx.inputs import (
     split_digest,
     text_batches,
     train_tokenizer,
+    with_tokens,
 )
 from qlx.models import Labels, image_shape, is_plain_vit, model_config, probe_texts
 from qlx.recipe import Recipe
@@ -110,7 +111,10 @@ class KeypointMaterial:
 
 @dataclass(frozen=True)
 class TextMaterial:
-    """Token ids for a causal language model. `files` are the tokenizer's files, by name."""
+    """Token ids for a causal language model. `files` are the tokenizer's files, by name.
+
+    `new_ids` are those of the recipe's new tokens, which `files` already know.
+    """
 
     train: list[Encoded]
     evaluation: list[Encoded]
@@ -118,6 +122,7 @@ class TextMaterial:
     files: dict[str, bytes]
     digest: str
     examples: TextSplit
+    new_ids: tuple[int, ...] = ()
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -175,6 +180,8 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
     assert isinstance(train, TextSplit)
     assert isinstance(evaluation, TextSplit)
     files = _tokenizer_files(recipe, base, train)
+    new_tokens = recipe.adapter.new_tokens if recipe.adapter else ()
+    files, new_ids = with_tokens(files, new_tokens)
     codec = _codec(files, work)
     data, only = recipe.data, recipe.training.completion_only
     return TextMaterial(
@@ -188,6 +195,7 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
         files=files,
         digest=digest,
         examples=evaluation,
+        new_ids=new_ids,
     )
 
 

@@ -3,7 +3,7 @@
 import re
 
 from qlx.checkpoint import QuantSpec
-from qlx.recipe import Recipe
+from qlx.recipe import AdapterSection, Recipe
 
 __all__ = ["tag_of"]
 
@@ -22,15 +22,21 @@ def tag_of(recipe: Recipe, base_name: str | None, spec: QuantSpec) -> str:
     subject = f"{base}-{data}" if base else recipe.name
     parts = [subject, "SFT" if base else "PT"]
     if recipe.adapter is not None:
-        kind = (
-            "DoRa" if recipe.adapter.use_dora else "rsLoRa" if recipe.adapter.use_rslora else "LoRa"
-        )
-        parts.append(f"{kind}{recipe.adapter.rank}")
+        parts.append(f"{_kind(recipe.adapter)}{recipe.adapter.rank}")
     if spec.quantized:
         double = "-dq" if spec.double_quant else ""
         parts += ["QLORA", f"w{spec.weight_bits}-{spec.scheme}{double}"]
     parts.append(f"head{_SHORT[recipe.base.dtype]}")
     return "_".join(parts)[:_LONGEST]
+
+
+def _kind(adapter: AdapterSection) -> str:
+    """What adapters of its kind are called; what a LoRA began as goes before how it is scaled."""
+    if adapter.type == "vera":
+        return "VeRa"
+    started = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(adapter.initialisation)
+    scaled = "rsLoRa" if adapter.use_rslora else "LoRa"
+    return started or ("DoRa" if adapter.use_dora else scaled)
 
 
 def _word(text: str) -> str:

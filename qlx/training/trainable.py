@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlx.adapters import adapted_modules, parameter_counts
+from qlx.adapters import adapted_modules, frozen_part, is_frozen_part, parameter_counts
 from qlx.errors import CheckFailed
 from qlx.recipe import AdapterSection
 
@@ -17,6 +17,10 @@ __all__ = [
     "require_in_optimizer",
     "require_only_adapter",
 ]
+
+
+_ADAPTER = ("lora_", "vera_")
+_TOKENS = "token_adapter"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class ParameterTable:
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
-    """Count the trainable parameters of a model by group."""
+    """Count the trainable parameters of a model by group; PiSSA's frozen half is none of the model's."""
     groups: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -62,15 +66,17 @@ def parameter_table(model: nn.Module) -> ParameterTable:
             groups[group] = tensors + 1, parameters + parameter.numel()
     rows = tuple(ParameterRow(group, *counts) for group, counts in sorted(groups.items()))
     trained, total = parameter_counts(model)
-    return ParameterTable(rows, trained, total)
+    return ParameterTable(rows, trained, total - sum(map(torch.numel, frozen_part(model).values())))
 
 
 def _group(name: str) -> str:
-    """`lora q_proj`, `saved classifier`, `bias`, or the last module's name for whole models."""
+    """`lora q_proj`, `vera q_proj`, `saved classifier`, `new tokens embed_tokens`, `bias`, or a whole model's part."""
     parts = name.split(".")
     for at, part in enumerate(parts):
-        if part.startswith("lora_"):
-            return f"lora {parts[at - 1]}"
+        if part.startswith(_ADAPTER):
+            return f"{part[:4]} {parts[at - 1]}"
+        if part == _TOKENS:
+            return f"new tokens {parts[at - 1]}"
         if part == "modules_to_save":
             return f"saved {parts[at - 1]}"
     if parts[-1] == "bias":
@@ -97,8 +103,12 @@ def require_only_adapter(model: nn.Module, section: AdapterSection) -> None:
 
 def _asked_for(name: str, section: AdapterSection, adapted: Iterable[str]) -> bool:
     parts = name.split(".")
-    if any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
+    if is_frozen_part(name):
+        return False
+    if any(part.startswith(_ADAPTER) or part == "modules_to_save" for part in parts):
         return True
+    if _TOKENS in parts:
+        return bool(section.new_tokens)
     if parts[-1] != "bias" or section.bias == "none":
         return False
     module = (
