@@ -1,5 +1,6 @@
 """How well places are found: pixel error, PCK, and the TrackNet paper's precision, recall and F1."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,21 @@ class KeypointScore:
 
     def _count(self, what: str, where: NDArray[np.bool_]) -> None:
         self.counts[what] += int(where.sum())
+
+    def content(self) -> dict[str, Any]:
+        """What was counted, as JSON values."""
+        lists = {"distances": self.distances, "shares": self.shares}
+        return {"counts": self.counts} | {
+            name: [value for part in parts for value in part.tolist()]
+            for name, parts in lists.items()
+        }
+
+    def add_content(self, content: Mapping[str, Any]) -> None:
+        """Add what was counted of other batches."""
+        for what, count in content["counts"].items():
+            self.counts[what] += count
+        self.distances.append(np.array(content["distances"], np.float64))
+        self.shares.append(np.array(content["shares"], np.float64))
 
     def metrics(self) -> dict[str, float]:
         """`f1`, `precision`, `recall`, `pixel_error` and `pck`; the last two only where a ball was there."""

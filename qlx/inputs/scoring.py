@@ -4,6 +4,7 @@ Those of heatmaps are counted in `keypoint_scores`.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,18 @@ class Score:
         self.count += len(targets)
         self.loss += float(negative_log_likelihood(rows, targets).sum())
         self.correct += int((rows.argmax(axis=-1) == targets).sum())
+
+    def content(self) -> dict[str, Any]:
+        """The sums as JSON values, for `add_content` in another process."""
+        own = {"count": self.count, "loss": self.loss, "correct": self.correct}
+        return own | {"keypoints": self.keypoints.content()}
+
+    def add_content(self, content: Mapping[str, Any]) -> None:
+        """Add the sums of other batches."""
+        self.count += content["count"]
+        self.loss += content["loss"]
+        self.correct += content["correct"]
+        self.keypoints.add_content(content["keypoints"])
 
     def metrics(self) -> dict[str, float]:
         """`accuracy` and `loss`, or `loss`, `perplexity` and `token_accuracy` (losses in nats), or those of keypoints.

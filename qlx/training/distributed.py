@@ -5,6 +5,7 @@ that N processes take the steps of one with N times the batch. The first one alo
 `qlx train --nproc N` starts them on one machine; on several, `torchrun … -m qlx train` on each.
 """
 
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
+from typing import Any
 
 from qlx.errors import CheckFailed, Interrupted, require
 
@@ -46,6 +48,28 @@ class Process:
         """Go on when all processes have come to this point."""
         if self.count > 1:
             require("accelerate", "train").PartialState().wait_for_everyone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, in their order, in every one of them; the values are JSON's."""
+        if self.count == 1:
+            return [value]
+        import torch
+        from torch import distributed
+
+        device = require("accelerate", "train").PartialState().device
+        written = torch.frombuffer(bytearray(json.dumps(value), "ascii"), dtype=torch.uint8)
+        size = torch.tensor([len(written)], device=device)
+        sizes = [torch.zeros_like(size) for _ in range(self.count)]
+        distributed.all_gather(sizes, size)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[: len(written)] = written.to(device)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(parts, padded)
+        return [
+            json.loads(part[: int(size)].cpu().numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
 
 def this_process() -> Process:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -17,7 +18,7 @@ from qlx.inputs import (
     rescaled,
 )
 
-__all__ = ["HeatmapDataset", "focal_loss", "hold_statistics"]
+__all__ = ["HeatmapDataset", "drawn_target", "focal_loss", "hold_statistics"]
 
 
 class HeatmapDataset(Dataset[dict[str, Any]]):
@@ -35,13 +36,17 @@ class HeatmapDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch = keypoint_batch(self.split, self.preprocessor, [index])
-        labels = batch.labels[0]
-        cells = rescaled(labels[:, :2], labels[:, 3:5], np.array(self.grid[::-1]))
-        target = gaussian_target(cells, labels[:, 2] != ABSENT, self.grid, self.split.sigma)
+        target = drawn_target(batch.labels[0], self.grid, self.split.sigma)
         return {
             "pixel_values": torch.from_numpy(batch.inputs["pixel_values"][0]),
             "labels": torch.from_numpy(target),
         }
+
+
+def drawn_target(labels: NDArray[Any], grid: tuple[int, int], sigma: float) -> NDArray[np.float32]:
+    """The heatmaps `[K, h, w]` to learn of one frame, from its labels `[K, 5]`."""
+    cells = rescaled(labels[:, :2], labels[:, 3:5], np.array(grid[::-1]))
+    return gaussian_target(cells, labels[:, 2] != ABSENT, grid, sigma)
 
 
 def hold_statistics(model: nn.Module) -> None:

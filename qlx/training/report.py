@@ -10,12 +10,15 @@ from typing import Any
 
 from qlx.checkpoint import Manifest
 from qlx.errors import require
+from qlx.training.progress import EVALUATED
 from qlx.training.trainable import ParameterTable
 
 __all__ = ["CURVE_FILE", "REPORT_FILE", "RunSummary", "Sample", "write_report"]
 
 CURVE_FILE = "loss.png"
 REPORT_FILE = "report.html"
+HELD_OUT_LOSS = f"{EVALUATED}loss"
+_TRAINING, _HELD_OUT = "#1f5fa8", "#c8641e"
 
 
 @dataclass(frozen=True)
@@ -49,29 +52,43 @@ class RunSummary:
 
 def write_report(directory: Path, summary: RunSummary) -> None:
     """Write `loss.png` and `report.html` into `directory`; the same summary gives the same bytes."""
-    curve = _curve(summary.metrics)
+    found = summary.manifest.lineage[-1].options.get("held_out", {})
+    curve = _curve(summary.metrics, found.get("kept_step"))
     (directory / CURVE_FILE).write_bytes(curve)
     (directory / REPORT_FILE).write_text(_page(summary, curve), "utf-8")
 
 
-def _curve(metrics: Sequence[dict[str, float]]) -> bytes:
-    """Training loss and learning rate over steps, as a PNG without a date in it."""
+def _curve(metrics: Sequence[dict[str, float]], kept: int | None) -> bytes:
+    """Losses and learning rate over steps, as a PNG without a date in it; `kept` is the step of the result."""
     require("matplotlib", "train").use("Agg")
     figure = require("matplotlib.figure", "train").Figure(figsize=(8, 3.6), layout="constrained")
     left = figure.subplots()
-    steps = [row["step"] for row in metrics]
-    left.plot(steps, [row["loss"] for row in metrics], color="#1f5fa8", linewidth=1.6)
-    left.set_xlabel("step")
-    left.set_ylabel("training loss", color="#1f5fa8")
-    left.grid(alpha=0.25)
     right = left.twinx()
-    right.plot(
-        steps, [row["lr"] for row in metrics], color="#bbbbbb", linewidth=1.0, linestyle="--"
-    )
+    steps, rates = _series(metrics, "lr")
+    right.plot(steps, rates, color="#bbbbbb", linewidth=1.0, linestyle="--")
     right.set_ylabel("learning rate", color="#888888")
+    left.set_zorder(right.get_zorder() + 1)  # the losses lie over the learning rate
+    left.patch.set_visible(False)
+    left.plot(*_series(metrics, "loss"), color=_TRAINING, linewidth=1.6, label="training")
+    steps, losses = _series(metrics, HELD_OUT_LOSS)
+    if steps:
+        left.plot(steps, losses, "o-", color=_HELD_OUT, linewidth=1.6, ms=3, label="held out")
+        if kept in steps:
+            place = kept, losses[steps.index(kept)]
+            left.plot(*place, "o", ms=10, mfc="none", color=_HELD_OUT, label="kept")
+        left.legend(frameon=False)
+    left.set_xlabel("step")
+    left.set_ylabel("loss")
+    left.grid(alpha=0.25)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _series(metrics: Sequence[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """The steps at which something was logged, and its values there."""
+    rows = [row for row in metrics if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 _STYLE = """
@@ -92,8 +109,8 @@ def _page(summary: RunSummary, curve: bytes) -> str:
         _facts(manifest),
         "<h2>Held-out examples</h2>",
         _scores(summary.before, summary.after),
-        "<h2>Training loss</h2>",
-        f'<img class="curve" alt="training loss over steps" src="{_png(curve)}">',
+        "<h2>Loss</h2>",
+        f'<img class="curve" alt="loss over steps" src="{_png(curve)}">',
         "<h2>Trained parameters</h2>",
         _parameters(summary.table),
     ]
@@ -135,7 +152,11 @@ def _facts(manifest: Manifest) -> str:
             )
         )
     step = manifest.lineage[-1]
-    rows += [("steps", step.options["steps"]), ("seed", step.seed), ("recipe", step.recipe_digest)]
+    rows.append(("steps", step.options["steps"]))
+    if "held_out" in step.options:
+        found = step.options["held_out"]
+        rows += [("weights of step", found["kept_step"]), ("ended", found["ended"])]
+    rows += [("seed", step.seed), ("recipe", step.recipe_digest)]
     return _table(
         ("", ""), ((escape(name), f"<code>{escape(str(value))}</code>") for name, value in rows)
     )

@@ -27,10 +27,10 @@ from qlx.checkpoint import (
     write_probe,
 )
 from qlx.errors import CheckFailed, require
-from qlx.inputs import Score
 from qlx.models import CONFIG_FILE, forward_logits, heatmap_grid, load_model, make_probe
 from qlx.recipe import Recipe
 from qlx.training.distributed import Process, join_processes
+from qlx.training.evaluation import HeldOut, measure
 from qlx.training.heatmaps import HeatmapDataset
 from qlx.training.job import Job, prepare
 from qlx.training.material import ImageMaterial, KeypointMaterial
@@ -104,7 +104,7 @@ def train(
             require_recipe(work / STATE, recipe.digest)
         process.wait()
         job = prepare(recipe, work, report)
-        before, trainer = _train(job, work, report)
+        before, trainer = _train(job, work, process, report)
         with new_checkpoint(output, force=force) as staging:
             _write_run(job, trainer, before, work, staging, report)
     report(f"wrote {output}")
@@ -119,7 +119,8 @@ def _take_part(recipe: Recipe, output: Path, process: Process) -> Checkpoint:
         with tempfile.TemporaryDirectory(prefix="qlx-training-") as scratch:
             job = prepare(recipe, Path(scratch), lambda line: None)
             state = _saved_state(work_directory(output), job)
-            trainer = _trainer(job, Path(scratch))
+            measure(job, process)
+            trainer = _trainer(job, Path(scratch), process, state_at=work_directory(output) / STATE)
             trainer.train(resume_from_checkpoint=None if state is None else str(state))
         process.wait()
     except Exception:
@@ -128,21 +129,30 @@ def _take_part(recipe: Recipe, output: Path, process: Process) -> Checkpoint:
     return open_checkpoint(output)
 
 
-def _train(job: Job, work: Path, report: Reporter) -> tuple[dict[str, float], Any]:
+def _train(
+    job: Job, work: Path, process: Process, report: Reporter
+) -> tuple[dict[str, float], Any]:
     """The loop; returns the held-out scores from before it, and the trainer."""
     state = _saved_state(work, job)
     for line in parameter_table(job.model).lines():
         report(line)
-    before = _score(job)
-    report(f"held out, before: {_shown(before)}")
+    before = measure(job, process)
+    report(f"held out, before: {_shown(before.metrics)}")
     step = None if state is None else int(load_json(state / TRAINER_STATE_FILE)["global_step"])
-    trainer = _trainer(job, work)
-    trainer.add_callback(metrics_callback(work / METRICS_FILE, resumed_at=step))
+    trainer = _trainer(job, work, process, state_at=work / STATE)
+    start = before.row if job.recipe.training.eval_every else None
+    trainer.add_callback(metrics_callback(work / METRICS_FILE, resumed_at=step, start=start))
     trainer.add_callback(progress_callback(report))
     if state is not None:
         report(f"resuming at step {step}")
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
-    return before, trainer
+    held_out: HeldOut = trainer.held_out
+    if held_out.weights:
+        held_out.restore(job.model)
+        report(
+            f"kept the weights of step {held_out.best_step}: held-out loss {held_out.best_loss:.4f}"
+        )
+    return before.metrics, trainer
 
 
 def _saved_state(work: Path, job: Job) -> Path | None:
@@ -151,7 +161,7 @@ def _saved_state(work: Path, job: Job) -> Path | None:
     return open_state(place, job.belongs_to) if is_checkpoint(place) else None
 
 
-def _trainer(job: Job, work: Path) -> Any:
+def _trainer(job: Job, work: Path, process: Process, *, state_at: Path) -> Any:
     section, material = job.recipe.training, job.material
     if isinstance(material, ImageMaterial):
         trainer = image_trainer(
@@ -166,19 +176,10 @@ def _trainer(job: Job, work: Path) -> Any:
         trainer = text_trainer(
             job.model, material.train, tokenizer, section, work, job.recipe.data.max_length
         )
-    trainer.state_directory, trainer.belongs_to, trainer.task = (
-        work / STATE,
-        job.belongs_to,
-        job.recipe.task,
-    )
+    trainer.state_directory, trainer.belongs_to = state_at, job.belongs_to
+    trainer.task, trainer.process = job.recipe.task, process
+    trainer.held_out = HeldOut(lambda: measure(job, process), section, process)
     return trainer
-
-
-def _score(job: Job) -> dict[str, float]:
-    score = Score(job.recipe.task)
-    for batch in job.material.batches():
-        score.add(forward_logits(job.model, job.recipe.task, batch.inputs), batch.labels)
-    return score.metrics()
 
 
 def _shown(metrics: dict[str, float]) -> str:
@@ -189,9 +190,11 @@ def _write_run(
     job: Job, trainer: Any, before: dict[str, float], work: Path, staging: Path, report: Reporter
 ) -> None:
     """Fill the staging directory, replay it, and seal it."""
-    after, table = _score(job), parameter_table(job.model)
+    after, table = measure(job, Process()).metrics, parameter_table(job.model)
     report(f"held out, after:  {_shown(after)}")
-    manifest = _manifest(job, int(trainer.state.global_step), before, after)
+    steps = int(trainer.state.global_step)
+    scores = {"before": before, "after": after, "held_out": trainer.held_out.outcome(steps)}
+    manifest = _manifest(job, steps, {name: found for name, found in scores.items() if found})
     probe = _probe(job)
     _write_files(job, trainer, work, staging)
     write_probe(staging / PROBE_FILE, probe)
@@ -264,15 +267,15 @@ def _samples(model: Any, job: Job, probe: Probe) -> list[Sample]:
     return text_samples(model, material.codec, material.examples)
 
 
-def _manifest(job: Job, steps: int, before: dict[str, float], after: dict[str, float]) -> Manifest:
+def _manifest(job: Job, steps: int, found: dict[str, Any]) -> Manifest:
+    """The manifest of a run; `found` are scores, and what became of the held-out curve."""
     recipe, source = job.recipe, job.source
     options = {
         "data": _portable(recipe),
         "data_digest": job.material.digest,
         "completion_only": recipe.training.completion_only,
         "steps": steps,
-        "before": before,
-        "after": after,
+        **found,
     }
     step = next_step(
         "train",

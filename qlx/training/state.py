@@ -5,7 +5,8 @@ kill at any instant leaves the old state or the new one, and a changed byte is f
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,24 @@ from qlx.checkpoint import (
     seal,
 )
 from qlx.errors import CorruptCheckpoint, Mismatch, Unsupported
+from qlx.training.distributed import Process
 from qlx.weights import read_tensors, write_tensors
 
 __all__ = [
     "OPTIMIZER_FILE",
     "OPTIMIZER_JSON",
     "TRAINER_STATE_FILE",
+    "State",
+    "collect_state",
     "load_optimizer",
     "load_random",
     "load_trained",
     "open_state",
+    "put_trained",
     "require_recipe",
     "save_optimizer",
     "save_state",
+    "trained_tensors",
 ]
 
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -43,31 +49,55 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 OPTIMIZER_JSON = "optimizer.json"
 _BELONGS_FILE = "belongs_to.json"
 _TRAINED_FILE = "trained.safetensors"
-_RANDOM_FILE, _RANDOM_JSON = "random.safetensors", "random.json"
+_RANDOM_FILE = "random.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a training goes on from, collected from all its processes.
+
+    Attributes:
+        trained: what training changes, by name (`trained_tensors`).
+        moments: tensors of the optimizer by `<index>.<key>`.
+        optimizer: its groups and scalars and the schedule, as JSON values.
+        randoms: the random number generators of each process, in their order.
+    """
+
+    trained: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    randoms: list[Any]
+
+
+def collect_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, process: Process
+) -> State:
+    """The present state of a training; all its processes take part."""
+    moments, content = _optimizer_content(optimizer, scheduler)
+    return State(trained_tensors(model), moments, content, process.gather(_random_state()))
 
 
 def save_state(
     directory: Path,
+    state: State,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
     trainer_state: Any,
     task: Task,
     belongs_to: str,
+    beside: Callable[[Path], None] = lambda staging: None,
 ) -> None:
-    """Replace the state in `directory` by the present one, durably and at once.
+    """Replace the state in `directory` by `state`, durably and at once.
 
     `trainer_state` is a transformers `TrainerState`; `belongs_to` identifies recipe and base, and
-    `open_state` refuses another.
+    `open_state` refuses another; `beside` writes what else belongs to it.
     """
     with new_checkpoint(directory, force=True) as staging:
-        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        write_tensors(staging / _TRAINED_FILE, trained)
-        save_optimizer(staging, optimizer, scheduler)
-        _save_random(staging)
+        write_tensors(staging / _TRAINED_FILE, state.trained)
+        _write_optimizer(staging, state.moments, state.optimizer)
+        (staging / _RANDOM_FILE).write_bytes(canonical_json(state.randoms))
         trainer_state.save_to_json(str(staging / TRAINER_STATE_FILE))
         (staging / _BELONGS_FILE).write_bytes(canonical_json({"belongs_to": belongs_to}))
+        beside(staging)
         seal(
             staging,
             Manifest(kind="run", task=task, tag=f"state-at-step-{trainer_state.global_step}"),
@@ -105,41 +135,90 @@ def _other(directory: Path, what: str) -> str:
     )
 
 
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes, by name: trainable parameters, and the statistics of batch normalisation.
+
+    A parameter that is sharded over processes is put together, in which all of them take part.
+    """
+    return {name: _whole(value.detach()) for name, value in _changing(model)}
+
+
+def _changing(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from (named for named in model.named_parameters() if named[1].requires_grad)
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield from module.named_buffers(prefix, recurse=False)
+
+
+def _whole(value: Any) -> torch.Tensor:
+    whole: torch.Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def _as_held(value: torch.Tensor, like: Any) -> torch.Tensor:
+    """A whole tensor as a parameter like `like` holds it: this process's shard of it, or all."""
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor  # costs a second
+
+    held: torch.Tensor = distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return held
+
+
 def load_trained(directory: Path, model: nn.Module) -> None:
-    """Put the saved weights into the model's trainable parameters.
+    """Put saved weights into what training changes.
 
     Raises:
         Mismatch: they are not the same parameters.
     """
-    saved = read_tensors(directory / _TRAINED_FILE)
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    put_trained(read_tensors(directory / _TRAINED_FILE), model, str(directory))
+
+
+def put_trained(saved: Mapping[str, torch.Tensor], model: nn.Module, origin: str) -> None:
+    """Put tensors, as `trained_tensors` gives them, into a model; `origin` says where they are from.
+
+    Raises:
+        Mismatch: they are not the same parameters.
+    """
+    trained = dict(_changing(model))
     if saved.keys() != trained.keys():
         raise Mismatch(
-            f"{directory}: parameter {min(saved.keys() ^ trained.keys())!r} is not in both state and model"
+            f"{origin}: parameter {min(saved.keys() ^ trained.keys())!r} is not in both state and model"
         )
     with torch.no_grad():
         for name, value in trained.items():
-            value.copy_(saved[name])
+            value.copy_(_as_held(saved[name], value))
 
 
 def save_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     """Write `optimizer.safetensors` (moments) and `optimizer.json` (groups, scalars, schedule)."""
+    _write_optimizer(directory, *_optimizer_content(optimizer, scheduler))
+
+
+def _write_optimizer(
+    directory: Path, moments: dict[str, torch.Tensor], content: dict[str, Any]
+) -> None:
+    write_tensors(directory / OPTIMIZER_FILE, moments)
+    (directory / OPTIMIZER_JSON).write_bytes(canonical_json(content))
+
+
+def _optimizer_content(
+    optimizer: torch.optim.Optimizer, scheduler: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value
+                tensors[f"{index}.{key}"] = _whole(value)
             else:
                 scalars[f"{index}.{key}"] = _plain(value, f"optimizer state {key!r}")
-    write_tensors(directory / OPTIMIZER_FILE, tensors)
-    content = {
+    return tensors, {
         "groups": _plain(state["param_groups"], "optimizer groups"),
         "scalars": scalars,
         "schedule": _plain(scheduler.state_dict(), "schedule"),
     }
-    (directory / OPTIMIZER_JSON).write_bytes(canonical_json(content))
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -170,11 +249,16 @@ def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler:
     content = load_json(directory / OPTIMIZER_JSON)
     state: dict[int, dict[str, Any]] = {}
     values = {**read_tensors(directory / OPTIMIZER_FILE), **content["scalars"]}
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
     for name, value in values.items():
         index, _, key = name.partition(".")
-        if not index.isdigit() or not key:
-            raise CorruptCheckpoint(f"{directory / OPTIMIZER_FILE}: {name!r} is not <index>.<key>")
-        state.setdefault(int(index), {})[key] = value
+        if not index.isdigit() or not key or int(index) >= len(parameters):
+            raise CorruptCheckpoint(
+                f"{directory / OPTIMIZER_FILE}: {name!r} is not <index>.<key> of a parameter"
+            )
+        like = parameters[int(index)]
+        held = _as_held(value, like) if isinstance(value, torch.Tensor) else value
+        state.setdefault(int(index), {})[key] = held
     groups = [_with_tuples(group) for group in content["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     scheduler.load_state_dict(content["schedule"])
@@ -185,29 +269,33 @@ def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if key == "betas" else value for key, value in group.items()}
 
 
-def _save_random(directory: Path) -> None:
+def _random_state() -> dict[str, Any]:
+    """The random number generators of Python, numpy, torch and every GPU, as JSON values."""
     _, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=True)
-    tensors = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.from_numpy(np.asarray(legacy[1]).astype(np.int64)),
-        "torch": torch.random.get_rng_state(),
+    name, key, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": [list(words), gauss],
+        "numpy": [name, np.asarray(key).tolist(), *rest],
+        "torch": _hex(torch.random.get_rng_state()),
+        "cuda": [_hex(torch.cuda.get_rng_state(at)) for at in range(torch.cuda.device_count())],
     }
-    for index in range(torch.cuda.device_count()):
-        tensors[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
-    write_tensors(directory / _RANDOM_FILE, tensors)
-    numbers = {"python_gauss": gauss, "numpy": [legacy[0], *legacy[2:]]}
-    (directory / _RANDOM_JSON).write_bytes(canonical_json(_plain(numbers, "random state")))
 
 
-def load_random(directory: Path) -> None:
-    """Restore the random number generators of Python, numpy, torch and every GPU."""
-    tensors = read_tensors(directory / _RANDOM_FILE)
-    numbers = load_json(directory / _RANDOM_JSON)
-    random.setstate((3, tuple(tensors["python"].tolist()), numbers["python_gauss"]))
-    name, *rest = numbers["numpy"]
-    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
-    torch.random.set_rng_state(tensors["torch"])
-    for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def load_random(directory: Path, rank: int) -> None:
+    """Restore the random number generators of this process, the one with `rank`."""
+    saved = load_json(directory / _RANDOM_FILE)[rank]
+    words, gauss = saved["python"]
+    random.setstate((3, tuple(words), gauss))
+    name, key, *rest = saved["numpy"]
+    np.random.set_state((name, np.array(key, np.uint32), *rest))
+    torch.random.set_rng_state(_bytes(saved["torch"]))
+    for index, state in list(enumerate(saved["cuda"]))[: torch.cuda.device_count()]:
+        torch.cuda.set_rng_state(_bytes(state), index)

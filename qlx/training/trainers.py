@@ -16,8 +16,16 @@ from qlx.checkpoint import Task
 from qlx.errors import CheckFailed, require
 from qlx.inputs import Encoded, ImagePreprocessor, ImageSplit
 from qlx.recipe import TrainingSection
+from qlx.training.distributed import Process
+from qlx.training.evaluation import HeldOut
 from qlx.training.heatmaps import HeatmapDataset, focal_loss, hold_statistics
-from qlx.training.state import load_optimizer, load_random, load_trained, save_state
+from qlx.training.state import (
+    collect_state,
+    load_optimizer,
+    load_random,
+    load_trained,
+    save_state,
+)
 from qlx.training.trainable import require_in_optimizer
 
 __all__ = [
@@ -68,12 +76,14 @@ class StrictTrainer:
     """Mixed into a transformers `Trainer` before the class itself.
 
     `state_directory` receives the state; `belongs_to` identifies the training; `task` is the
-    recipe's. They are set after construction.
+    recipe's; `held_out` looks at the held-out examples. They are set after construction.
     """
 
     state_directory: Path
     belongs_to: str
     task: Task
+    held_out: HeldOut
+    process: Process
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         trainer: Any = self
@@ -103,22 +113,55 @@ class StrictTrainer:
             )
         return loss
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        trainer.control.should_evaluate = step > self._looked_at and self.held_out.due(step, last)
+        inherited: Any = super()
+        inherited._maybe_log_save_evaluate(*args, **kwargs)
+
+    _looked_at = 0
+
+    def _evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score the held-out examples, and end the training when it has stopped to get better on them."""
+        trainer: Any = self
+        self._looked_at = trainer.state.global_step
+        row = self.held_out.look(self._looked_at, trainer.model).row
+        trainer.control = trainer.callback_handler.on_log(
+            trainer.args, trainer.state, trainer.control, row
+        )
+        if self.held_out.enough:
+            trainer.control.should_training_stop = trainer.control.should_log = True
+        return row
+
+    def _determine_best_metric(self, *_: Any, **__: Any) -> bool:
+        return False  # `held_out` knows
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer does; but a training that had ended when it was killed takes no further step."""
+        trainer: Any = self
+        if self.held_out.enough or trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+            return
+        inherited: Any = super()
+        inherited._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
-        if not trainer.is_world_process_zero():
-            return
-        save_state(
-            self.state_directory,
-            model=trainer.model,
-            optimizer=trainer.optimizer,
-            scheduler=trainer.lr_scheduler,
-            trainer_state=trainer.state,
-            task=self.task,
-            belongs_to=self.belongs_to,
-        )
+        state = collect_state(trainer.model, trainer.optimizer, trainer.lr_scheduler, self.process)
+        if self.process.first:
+            save_state(
+                self.state_directory,
+                state,
+                trainer_state=trainer.state,
+                task=self.task,
+                belongs_to=self.belongs_to,
+                beside=self.held_out.save,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(Path(resume_from_checkpoint), getattr(self, "model"))  # noqa: B009
+        self.held_out.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         trainer: Any = self
@@ -127,7 +170,7 @@ class StrictTrainer:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_random(Path(checkpoint))
+            load_random(Path(checkpoint), self.process.rank)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """No gradient scaler is used."""

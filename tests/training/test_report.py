@@ -38,9 +38,9 @@ def test_report_of_a_run(name, request):
 def test_metrics_of_a_run(name, request):
     path = request.getfixturevalue(name)
     rows = read_metrics(path / "metrics.jsonl")
-    assert {frozenset(row) for row in rows} == {
-        frozenset(("step", "epoch", "loss", "lr", "seconds"))
-    }
+    names = ("step", "epoch", "loss", "lr", "grad_norm", "seconds", "memory_resident")
+    assert {frozenset(row) for row in rows} == {frozenset(names)}
+    assert all(10**8 < row["memory_resident"] < 10**11 for row in rows)  # bytes
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert len(read_metrics(path / "metrics.jsonl", up_to=rows[0]["step"])) == 1
