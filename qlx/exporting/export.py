@@ -1,12 +1,14 @@
 """`export_onnx`: a checkpoint of any torch kind as a verified ONNX directory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlx.checkpoint import (
     PROBE_FILE,
     Checkpoint,
     Manifest,
+    Probe,
     Source,
     check_output,
     new_checkpoint,
@@ -24,18 +26,22 @@ from qlx.merging.companions import copy_companions
 from qlx.verification import base_of, needs_base, probe_of
 from qlx.verification.prove import prove
 
-__all__ = ["PRECISIONS", "export_onnx"]
+__all__ = ["ACCURACY_LEVELS", "PRECISIONS", "export_onnx"]
 
-PRECISIONS = ("fp32", "fp16", "nf4", "fp4")
+INTEGERS = ("int8", "int4", "ternary")
+PRECISIONS = ("fp32", "fp16", "nf4", "fp4", *INTEGERS)
+ACCURACY_LEVELS = (0, 4)
+"""Of onnxruntime's kernels for packed integers: float32 products, or inputs rounded to 8 bits."""
 
 COMMAND = "export-onnx"
 
 _ADVICE = {
-    True: "export it in fp32, without --precision fp16",
-    False: "run `qlx verify` on the checkpoint: where that fails too, it is no longer the model it was; "
+    "fp16": "export it in fp32, without --precision fp16",
+    "rounded": "export it without --accuracy-level 4",
+    "exact": "run `qlx verify` on the checkpoint: where that fails too, it is no longer the model it was; "
     "where it passes, this model's export is at fault, so report it",
 }
-"""What to do where the graph gives other outputs, by whether it was rounded to fp16."""
+"""What to do where the graph gives other outputs, by what was rounded in it."""
 
 
 def export_onnx(
@@ -44,20 +50,24 @@ def export_onnx(
     *,
     base: Source | str | Path | None = None,
     precision: str | None = None,
+    accuracy_level: int | None = None,
     force: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
     """Export a checkpoint and replay its probe under onnxruntime before the directory appears.
 
     A merged checkpoint becomes an fp32 graph (or fp16: half the bytes, fp32 arithmetic). A packed one
-    keeps its codes and scales byte for byte. A run or an adapter keeps the adapter apart from its
-    base, which stays quantized as it was trained on.
+    keeps its codes and scales: those of nf4 and fp4 byte for byte, integers in the layout of
+    onnxruntime's kernel. A run or an adapter keeps the adapter apart from its base, which stays
+    quantized as it was trained on.
 
     Args:
         checkpoint: a run, adapter, merged or packed checkpoint.
         output: the directory to create; refused if it exists, unless `force`.
         base: the base model of a run or adapter; by default the one it records.
         precision: None keeps the checkpoint's own; `fp16` is possible for unquantized weights.
+        accuracy_level: of the kernels for packed integers: 0 (the default) multiplies in float32, 4 rounds
+            each run of inputs to 8 bits, which is faster and lossy; the price is measured and recorded.
         report: called with one line per stage.
 
     Raises:
@@ -72,18 +82,44 @@ def export_onnx(
     )
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(given)
     _require_exportable(source)
-    chosen = _precision(source.manifest, precision)
+    arithmetic = _arithmetic(source.manifest, precision, accuracy_level)
     probe = probe_of(source)
     own_base = base_of(source, base)
     with new_checkpoint(Path(output), force=force) as staging:
-        report(f"tracing the model ({chosen})")
-        _write_model(source, own_base, chosen, staging)
+        report(f"tracing the model ({arithmetic.precision})")
+        _write_model(source, own_base, arithmetic, staging)
         write_probe(staging / PROBE_FILE, probe)
-        manifest = seal(staging, _manifest(source, own_base, chosen))
+        manifest = seal(staging, _manifest(source, own_base, arithmetic))
         report("replaying the probe under onnxruntime")
-        own = None if chosen == "fp16" else probe.own
-        prove(staging, manifest, own=own, advice=_ADVICE[chosen == "fp16"])
+        _prove(staging, manifest, probe, arithmetic)
     return open_checkpoint(Path(output))
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """What the weights are stored in, and the accuracy level of kernels that have one."""
+
+    precision: str
+    accuracy_level: int | None
+
+    @property
+    def rounded(self) -> str:
+        """What is rounded on the way: a key of `_ADVICE`."""
+        return "fp16" if self.precision == "fp16" else "rounded" if self.accuracy_level else "exact"
+
+    def options(self) -> dict[str, object]:
+        """What the manifest records."""
+        level = {} if self.accuracy_level is None else {"accuracy_level": self.accuracy_level}
+        return {"precision": self.precision, **level}
+
+
+def _prove(staging: Path, manifest: Manifest, probe: Probe, arithmetic: _Arithmetic) -> None:
+    """Replay; a graph that rounds is compared with the checkpoint it was made of, too."""
+    rounded = arithmetic.rounded
+    exported = probe.reference if probe.own is None else probe.own
+    beside = ("the exported checkpoint", exported) if rounded == "rounded" else None
+    own = probe.own if rounded == "exact" else None
+    prove(staging, manifest, own=own, beside=beside, advice=_ADVICE[rounded])
 
 
 def _require_exportable(source: Checkpoint) -> None:
@@ -94,13 +130,20 @@ def _require_exportable(source: Checkpoint) -> None:
         )
 
 
+def _arithmetic(manifest: Manifest, precision: str | None, level: int | None) -> _Arithmetic:
+    chosen = _precision(manifest, precision)
+    if level not in (None, *ACCURACY_LEVELS):
+        raise UsageError(f"accuracy level {level} is not one of {ACCURACY_LEVELS}")
+    if level and chosen not in INTEGERS:
+        raise UsageError(
+            f"--accuracy-level {level} is for {', '.join(INTEGERS)} weights; these are {chosen}"
+        )
+    return _Arithmetic(chosen, (level or 0) if chosen in INTEGERS else None)
+
+
 def _precision(manifest: Manifest, wanted: str | None) -> str:
     scheme = manifest.quantization.scheme if manifest.kind != "merged" else None
     own = scheme or "fp32"
-    if own not in PRECISIONS:
-        raise Unsupported(
-            f"{own} weights cannot be exported as they are yet; export the merged form of this checkpoint"
-        )
     if wanted not in (None, *PRECISIONS):
         raise UsageError(f"precision {wanted!r} is not one of {', '.join(PRECISIONS)}")
     if wanted is None or wanted == own:
@@ -117,7 +160,9 @@ def _precision(manifest: Manifest, wanted: str | None) -> str:
     )
 
 
-def _write_model(source: Checkpoint, base: Source | None, precision: str, staging: Path) -> None:
+def _write_model(
+    source: Checkpoint, base: Source | None, arithmetic: _Arithmetic, staging: Path
+) -> None:
     """The graph, its weights and the small files a runtime reads."""
     from qlx.models import load_model
     from qlx.quant import packed_linears
@@ -126,20 +171,21 @@ def _write_model(source: Checkpoint, base: Source | None, precision: str, stagin
     with quiet():
         loaded = load_model(source, base)
     model, prefixes = separate_adapter(loaded.eval())
-    packed_linears(model)
-    graph = build_graph(model, task, half=precision == "fp16", prefixes=prefixes)
+    packed_linears(model, accuracy_level=arithmetic.accuracy_level or 0)
+    graph = build_graph(model, task, half=arithmetic.precision == "fp16", prefixes=prefixes)
     write_graph(graph, staging, task)
     copy_companions(staging, source.path)
     if task == "causal-lm":
         write_generation_config(staging, model)
 
 
-def _manifest(source: Checkpoint, base: Source | None, precision: str) -> Manifest:
+def _manifest(source: Checkpoint, base: Source | None, arithmetic: _Arithmetic) -> Manifest:
     separate = needs_base(source.manifest)
     layout = "separate" if separate else source.manifest.kind
     parents = [source.digest] if base is None else [source.digest, base.fingerprint]
-    step = next_step(COMMAND, parents=parents, options={"precision": precision, "layout": layout})
-    suffix = "onnx" if precision != "fp16" else "onnx_fp16"
+    options = {**arithmetic.options(), "layout": layout}
+    step = next_step(COMMAND, parents=parents, options=options)
+    suffix = "onnx_fp16" if arithmetic.precision == "fp16" else "onnx"
     return source.manifest.with_step(
         step, kind="onnx", tag=f"{source.manifest.tag}_{suffix}", files={}
     )

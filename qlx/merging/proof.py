@@ -58,6 +58,9 @@ def proofs_within(plan: MergePlan, max_ram: int | None) -> list[Proof]:
     return [*(how for how in order if proof_bytes(plan, how) <= free), "sampled rows"]
 
 
+_UNMERGED = "unmerged on the original base"
+
+
 def prove_merge(
     staging: Path,
     manifest: Manifest,
@@ -87,8 +90,11 @@ def prove_merge(
             return sealed(staging, _said(said, checked_rows=rows), known)
         try:
             run = _by_layers if how == "replay by layers" else _loaded
-            outputs = {"unmerged" if plan.rounds else "own": unmerged}
-            return prove(staging, said, known=known, run=run, advice=advice_for(plan), **outputs)
+            beside = None if unmerged is None or not plan.rounds else (_UNMERGED, unmerged)
+            own = None if plan.rounds else unmerged
+            return prove(
+                staging, said, own=own, beside=beside, advice=advice_for(plan), known=known, run=run
+            )
         except Unsupported:
             if how == "replay":
                 raise

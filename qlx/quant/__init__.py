@@ -17,7 +17,7 @@ from qlx.quant.codec4bit import (
     torch_dtype_of,
 )
 from qlx.quant.compressed import compressed_entries, compressed_section, packed_from_compressed
-from qlx.quant.export_linear import PackedLinear
+from qlx.quant.export_linear import IntegerMatMul, PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.fit import fitted_ternary
 from qlx.quant.hf import bnb_config
@@ -60,6 +60,7 @@ __all__ = [
     "SCHEMES",
     "STORED_BACKENDS",
     "IntegerLinear",
+    "IntegerMatMul",
     "NestedScales",
     "Packed4bit",
     "PackedIntegers",

@@ -12,7 +12,7 @@ from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported, require
 from qlx.quant.codec import PackedTensor, quantize_tensor
 from qlx.quant.codec4bit import FOUR_BIT, Packed4bit, torch_dtype_of
-from qlx.quant.export_linear import LARGEST_BLOCK, PackedLinear
+from qlx.quant.export_linear import LARGEST_BLOCK, IntegerMatMul, PackedLinear
 from qlx.quant.integer_linear import IntegerLinear
 from qlx.quant.integers import PackedIntegers
 
@@ -188,26 +188,38 @@ def packed_of_module(module: nn.Module) -> PackedTensor:
     return of_module(module)
 
 
-def packed_linears(model: nn.Module) -> list[str]:
-    """Replace every bitsandbytes 4-bit layer by a `PackedLinear`, in place; returns their names.
+def packed_linears(model: nn.Module, *, accuracy_level: int = 0) -> list[str]:
+    """Replace every packed layer by one that exports to ONNX, in place; returns their names.
+
+    4-bit layers of bitsandbytes become a `PackedLinear`, integer ones an `IntegerMatMul` with
+    `accuracy_level`.
 
     Raises:
-        Unsupported: a block is larger than the 256 values that onnxruntime's kernel takes.
+        Unsupported: onnxruntime's kernels do not take the sizes of a layer, which the message names.
     """
-    layers = list(linear4bit_modules(model))
-    if not layers:
-        return []
+    layers = list(packed_modules(model))
     for name, layer in layers:
-        packed = packed_of_module(layer)
-        assert isinstance(packed, Packed4bit)
-        if packed.block_size > LARGEST_BLOCK:
-            raise Unsupported(
-                f"layer {name!r}: onnxruntime's 4-bit product takes blocks up to {LARGEST_BLOCK} "
-                f"values, not {packed.block_size}"
-            )
-        linear = PackedLinear(packed, layer.bias, layer.compute_dtype or torch.float32)
+        try:
+            linear = _exportable(layer, accuracy_level)
+        except Unsupported as error:
+            raise Unsupported(f"layer {name!r}: {error}") from error
         model.set_submodule(name, linear.train(layer.training))
     return [name for name, _ in layers]
+
+
+def _exportable(layer: Any, accuracy_level: int) -> nn.Module:
+    packed = packed_of_module(layer)
+    if isinstance(packed, PackedIntegers):
+        bits = layer.activation_bits
+        return IntegerMatMul(
+            packed, layer.bias, accuracy_level=accuracy_level, activation_bits=bits
+        )
+    assert isinstance(packed, Packed4bit)
+    if packed.block_size > LARGEST_BLOCK:
+        raise Unsupported(
+            f"onnxruntime's 4-bit product takes blocks up to {LARGEST_BLOCK} values, not {packed.block_size}"
+        )
+    return PackedLinear(packed, layer.bias, layer.compute_dtype or torch.float32)
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -28,15 +28,12 @@ from qlx.verification.thresholds import UNIT_ROUNDOFF, Check, lossy_steps, round
 
 __all__ = ["failure_text", "prove", "record_noise", "sealed"]
 
-_UNMERGED = "unmerged on the original base"
-
-
 def prove(
     staging: Path,
     manifest: Manifest,
     *,
     own: Array | None = None,
-    unmerged: Array | None = None,
+    beside: tuple[str, Array] | None = None,
     advice: str = "",
     known: Mapping[str, FileEntry] | None = None,
     run: Callable[[Checkpoint, Probe], Array] | None = None,
@@ -45,8 +42,8 @@ def prove(
 
     A lossy checkpoint gets its own outputs into the probe, for a tight replay later: `own`, where
     they are known from elsewhere (then the staged files must agree with them), else what the
-    staged files give now. `unmerged` are outputs, where they are not the reference, that they may
-    differ from by no more than rounding; the distance is stated.
+    staged files give now. `beside` names outputs, where they are not the reference, that they may
+    differ from by no more than this step's rounding; the distance is stated.
 
     `advice` ends the message of a failure: what the user can do. `known`
     holds entries of files that are hashed already. `run` gives the outputs of the staged files on
@@ -64,9 +61,10 @@ def prove(
         assert manifest.probe is not None
         write_probe(staging / manifest.probe.file, probe)
     comparisons, checks = verify_outputs(manifest, probe, outputs)
-    if unmerged is not None:
+    if beside is not None:
+        name, expected = beside
         limits = rounded_thresholds(manifest, noise_floor(probe))
-        found, more = judge(_UNMERGED, replace(probe, base=None), unmerged, outputs, limits)
+        found, more = judge(name, replace(probe, base=None), expected, outputs, limits)
         comparisons, checks = comparisons | found, [*checks, *more]
     failed = [check for check in checks if not check.passed]
     if failed:

@@ -33,8 +33,14 @@ EXACT_TORCH = 1e-5
 """Relative error of a torch model that computes the same function in fp32 (summation order only)."""
 EXACT_RUNTIME = 1e-4
 """Relative error across runtimes (other kernels, fused operators) or across a packed format's kernels."""
-UNIT_ROUNDOFF: Mapping[str, float] = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Largest relative error of rounding one normal number to the dtype."""
+ROUNDED_INPUTS = "8-bit inputs"
+"""What a kernel of accuracy level 4 rounds to: each run of a layer's inputs to 8 bits of its largest."""
+UNIT_ROUNDOFF: Mapping[str, float] = {
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-11,
+    ROUNDED_INPUTS: 2.0**-8,
+}
+"""Largest relative error of rounding one normal number to the dtype (of 8 bits: of the largest number)."""
 ROUNDING_GROWTH = 8.0
 """How many times the unit roundoff a few rounded layers may move the logits."""
 DEFAULT_MIN_RETENTION = 0.9
@@ -209,7 +215,8 @@ def later_steps(manifest: Manifest) -> tuple[Step, ...]:
 def lossy_steps(manifest: Manifest) -> tuple[Step, ...]:
     """The later steps after which the model no longer computes what training saw.
 
-    They are: a merge onto the original base, a merge or an export in 16 bits, and any pack.
+    They are: a merge onto the original base, a merge or an export in 16 bits, an export whose kernels
+    round their inputs, and any pack.
     """
     return tuple(step for step in later_steps(manifest) if _is_lossy(step))
 
@@ -218,7 +225,8 @@ def _is_lossy(step: Step) -> bool:
     if step.command == "merge":
         return step.options.get("exact") is not True
     if step.command == "export-onnx":
-        return step.options.get("precision") == "fp16"  # nf4 and fp4 keep the codes training saw
+        # other precisions keep the codes that training saw
+        return step.options.get("precision") == "fp16" or bool(step.options.get("accuracy_level"))
     return step.command == "pack"
 
 
@@ -290,11 +298,11 @@ def _exact(manifest: Manifest) -> float:
 
 
 def rounded_thresholds(manifest: Manifest, native: float | None) -> Thresholds:
-    """Limits for a checkpoint that was rounded to 16 bits against the same weights unrounded.
+    """Limits for a checkpoint whose last step rounded, against what that step was given.
 
     `native` as in `reference_thresholds`.
     """
-    return _rounded(lossy_steps(manifest), native, False)
+    return _rounded(lossy_steps(manifest)[-1:], native, False)
 
 
 def _rounded(lossy: tuple[Step, ...], native: float | None, has_base: bool) -> Thresholds:
@@ -308,6 +316,8 @@ def _rounded(lossy: tuple[Step, ...], native: float | None, has_base: bool) -> T
 
 
 def _rounded_dtype(step: Step) -> str:
+    if step.options.get("accuracy_level"):
+        return ROUNDED_INPUTS
     dtype = str(step.options.get("dtype"))
     return dtype if dtype in UNIT_ROUNDOFF else "float16"
 
