@@ -91,7 +91,10 @@ def _mean(rows: Tensor) -> Tensor:
 
 def _embedding(model: Any) -> Any:
     """The input embedding of a language model; None for other models."""
-    table = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # some models of transformers have the latter
+        return None
     return table if isinstance(table, nn.Embedding) else None
 
 
