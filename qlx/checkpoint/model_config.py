@@ -28,6 +28,8 @@ KNOWN: Mapping[Task, tuple[str, ...]] = {
         "gemma2",
         "gemma3_text",
         "gpt2",
+        "opt",
+        "phi3",
         "mixtral",
         "qwen3_moe",
         "bitnet",

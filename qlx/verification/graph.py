@@ -16,6 +16,8 @@ from qlx.verification.metrics import Array
 __all__ = ["graph_weights"]
 
 _TURNED, _CODES, _DOWN, _UP = ".weight.T", ".weight_codes", ".lora_A", ".lora_B"
+_ORDER = ".order"
+_PARTS = (_DOWN, _UP, _ORDER, ".weight_absmax", ".weight_scales", ".weight_zeros")
 
 
 def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
@@ -34,9 +36,13 @@ def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
 
     def matrix(module: str) -> Array:
         """[in, out], the base's part."""
-        if f"{module}{_CODES}" in stored:
-            return _through_kernel(nodes[f"{module}{_CODES}"], stored)
-        return array(f"{module}{_TURNED}")
+        if f"{module}{_CODES}" not in stored:
+            return array(f"{module}{_TURNED}")
+        values = _through_kernel(nodes[f"{module}{_CODES}"], stored)
+        if f"{module}{_ORDER}" not in stored:
+            return values
+        given = onnx.numpy_helper.to_array(stored[f"{module}{_ORDER}"])
+        return values[np.argsort(given)]
 
     def whole(module: str) -> Callable[[], Array]:
         if f"{module}{_DOWN}" not in stored:
@@ -48,7 +54,7 @@ def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
         if name.endswith((_TURNED, _CODES)):
             module = name.removesuffix(_TURNED).removesuffix(_CODES)
             found[f"{module}.weight"] = whole(module)
-        elif "." in name and not name.endswith((_DOWN, _UP, ".weight_absmax")):
+        elif "." in name and not name.endswith(_PARTS):
             found[name] = _reader(array, name)
     return found
 

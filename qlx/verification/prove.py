@@ -28,6 +28,7 @@ from qlx.verification.thresholds import UNIT_ROUNDOFF, Check, lossy_steps, round
 
 __all__ = ["failure_text", "prove", "record_noise", "sealed"]
 
+
 def prove(
     staging: Path,
     manifest: Manifest,

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from qlx.checkpoint import QuantSpec, open_checkpoint, read_probe, resolve_source, seal, write_probe
+from qlx.checkpoint import open_checkpoint, read_probe, resolve_source, seal, write_probe
 from qlx.errors import CheckFailed, InputRefused, Mismatch, Unsupported, UsageError
 from qlx.exporting import export_onnx
 from qlx.merging import merge
@@ -210,16 +210,6 @@ def test_a_precision_that_does_not_fit_is_refused(merged, adapters, tmp_path):
         export_onnx(adapters["llama", "fp4"], tmp_path / "out", precision="fp32")
     with pytest.raises(UsageError, match="int3"):
         export_onnx(merged["causal-lm"], tmp_path / "out", precision="int3")
-
-
-def test_weights_that_cannot_be_exported_as_they_are_send_one_to_merge(bases, tmp_path):
-    spec = QuantSpec(method="qlora", weight_bits=4, scheme="int4", group_size=64, backend="qlx")
-    adapter = make_adapter(bases["vit"], tmp_path / "int4", Case("vit", spec))
-    with pytest.raises(Unsupported, match=r"int4.*merged"):
-        export_onnx(adapter, tmp_path / "out", base=str(bases["vit"]))
-    done = merge(str(bases["vit"]), [adapter.path], tmp_path / "merged")
-    found = export_onnx(done, tmp_path / "out")
-    assert distance(found, read_probe(found.path).reference) < 1e-5
 
 
 def test_an_existing_directory_is_replaced_only_by_force(exported, merged, tmp_path):

@@ -8,8 +8,10 @@ from torch import nn
 from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported
 from qlx.quant import (
+    IntegerMatMul,
     PackedLinear,
     dequantize_tensor,
+    packed_from_codes,
     packed_linears,
     quantize_model,
     quantize_tensor,
@@ -94,5 +96,106 @@ def test_blocks_beyond_the_kernel_are_refused():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 64))
     quantize_model(net, QuantSpec(scheme="nf4", group_size=512))
-    with pytest.raises(Unsupported, match="up to 256"):
+    with pytest.raises(Unsupported, match=r"layer '0': .*up to 256"):
         packed_linears(net)
+
+
+def integers(scheme="int4", group=64, columns=192, **fields):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(columns, 192), nn.ReLU(), nn.Linear(192, 40, bias=False)).eval()
+    quantize_model(
+        net, QuantSpec(method="qlora", scheme=scheme, group_size=group, backend="qlx", **fields)
+    )
+    return net
+
+
+def run(net, x, path):
+    """The outputs of a network under onnxruntime, and the operators of its graph."""
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+    program.model.opset_imports.setdefault("com.microsoft", 1)
+    program.save(path)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return output, [node.op_type for node in program.model.graph]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"scheme": "int8", "group": None},
+        {"scheme": "int8", "group": 32, "symmetric": False},
+        {"scheme": "int4", "group": 64},
+        {"scheme": "int4", "group": 96},  # in runs of 32
+        {"scheme": "int4", "group": 16, "symmetric": False},
+        {"scheme": "int4", "group": None, "columns": 100},  # the last run is not full
+        {"scheme": "ternary", "group": 64},
+        {"scheme": "ternary", "group": None, "columns": 24},
+        {"scheme": "ternary", "group": None, "activation_bits": 8},
+    ],
+    ids=lambda case: "-".join(map(str, case.values())),
+)
+def test_integers_export_to_one_node_per_layer(case, tmp_path):
+    net = integers(**case)
+    x = torch.randn(5, net[0].in_features)
+    with torch.no_grad():
+        reference = net(x).numpy()
+        assert packed_linears(net) == ["0", "2"]
+        assert np.array_equal(net(x).numpy(), reference)
+        output, operators = run(net, x, tmp_path / "model.onnx")
+        assert operators.count("MatMulNBits") == 2
+        assert relative(output, reference) < 1e-6
+        net[0].weight_codes[3, 0, 0] ^= 128  # negative control: one bit of one code
+        assert relative(run(net, x, tmp_path / "model.onnx")[0], reference) > 1e-4
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "ternary"])
+def test_accuracy_level_4_rounds_the_inputs(scheme, tmp_path):
+    net = integers(scheme)
+    x = torch.randn(5, net[0].in_features)
+    with torch.no_grad():
+        reference = net(x).numpy()
+        packed_linears(net, accuracy_level=4)
+        output, _ = run(net, x, tmp_path / "model.onnx")
+    assert 1e-4 < relative(output, reference) < 3e-2
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_columns_in_another_order_are_put_in_order(symmetric, tmp_path):
+    """GPTQ's desc_act: the inputs of a group do not lie together."""
+    generator = torch.Generator().manual_seed(1)
+    groups = torch.randperm(128, generator=generator) // 32
+    packed = packed_from_codes(
+        torch.randint(-8, 8, (40, 128), generator=generator),
+        torch.rand(40, 4, generator=generator) + 0.5,
+        zeros=None if symmetric else torch.randint(-8, 8, (40, 4), generator=generator).char(),
+        groups=groups,
+        scheme="int4",
+        dtype=torch.float32,
+        group_size=32,
+    )
+    net = nn.Sequential(IntegerMatMul(packed, None))
+    x = torch.randn(3, 128, generator=generator)
+    with torch.no_grad():
+        output, _ = run(net, x, tmp_path / "model.onnx")
+        assert relative(output, x @ packed.values().T) < 1e-6
+        net[0].order = net[0].order.flip(0)  # negative control
+        assert relative(run(net, x, tmp_path / "model.onnx")[0], x @ packed.values().T) > 0.1
+
+
+def test_groups_that_the_kernel_does_not_take_are_refused():
+    with pytest.raises(Unsupported, match=r"layer '0': groups of 24 inputs"):
+        packed_linears(integers(group=24))
+    uneven = packed_from_codes(
+        torch.ones(2, 64),
+        torch.ones(2, 2),
+        groups=torch.tensor([0] * 16 + [1] * 48),
+        scheme="int4",
+        dtype=torch.float32,
+        group_size=32,
+    )
+    with pytest.raises(Unsupported, match="equally long"):
+        IntegerMatMul(uneven, None)
