@@ -185,7 +185,7 @@ def _scaling_off_by_a_thousandth(family, w):
 
 @_defect(MERGED, "alpha / √r in place of alpha / r")
 def _root_scaling(family, w):
-    root = family.adapter.manifest.adapter.rank ** 0.5
+    root = family.adapter.manifest.adapter.rank**0.5
     for name in family.names.values():
         w[name] = family.before[name] + root * _delta(family, w, name)
 

@@ -43,7 +43,9 @@ def forward_logits(
     model.eval()
     pieces = []
     try:
-        with torch.inference_mode():
+        with (
+            torch.no_grad()
+        ):  # inference_mode's tensors do not outlive it, as a sharded model's must
             for start in range(0, len(inputs[names[0]]), _ROWS):
                 batch = {
                     name: _tensor(model, inputs[name][start : start + _ROWS], device)

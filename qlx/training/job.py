@@ -37,7 +37,7 @@ from qlx.training.material import (
 from qlx.training.progress import Reporter
 from qlx.training.trainable import require_only_adapter
 
-__all__ = ["Job", "new_head", "prepare", "quant_spec", "starts_from_vit"]
+__all__ = ["Job", "model_again", "new_head", "prepare", "quant_spec", "starts_from_vit"]
 
 
 @dataclass
@@ -124,6 +124,13 @@ def prepare(recipe: Recipe, work: Path, report: Reporter) -> Job:
     if source is None:
         return _from_scratch(recipe, material)
     return _from_base(recipe, material, source)
+
+
+def model_again(job: Job) -> nn.Module:
+    """The model of a job as it was before the first step."""
+    if job.source is None:
+        return _from_scratch(job.recipe, job.material).model
+    return _from_base(job.recipe, job.material, job.source).model
 
 
 def _from_scratch(recipe: Recipe, material: Material) -> Job:

@@ -39,9 +39,9 @@ __all__ = [
     "open_state",
     "put_trained",
     "require_recipe",
-    "save_optimizer",
     "save_state",
     "trained_tensors",
+    "write_optimizer",
 ]
 
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -93,7 +93,7 @@ def save_state(
     """
     with new_checkpoint(directory, force=True) as staging:
         write_tensors(staging / _TRAINED_FILE, state.trained)
-        _write_optimizer(staging, state.moments, state.optimizer)
+        write_optimizer(staging, state)
         (staging / _RANDOM_FILE).write_bytes(canonical_json(state.randoms))
         trainer_state.save_to_json(str(staging / TRAINER_STATE_FILE))
         (staging / _BELONGS_FILE).write_bytes(canonical_json({"belongs_to": belongs_to}))
@@ -190,16 +190,10 @@ def put_trained(saved: Mapping[str, torch.Tensor], model: nn.Module, origin: str
             value.copy_(_as_held(saved[name], value))
 
 
-def save_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def write_optimizer(directory: Path, state: State) -> None:
     """Write `optimizer.safetensors` (moments) and `optimizer.json` (groups, scalars, schedule)."""
-    _write_optimizer(directory, *_optimizer_content(optimizer, scheduler))
-
-
-def _write_optimizer(
-    directory: Path, moments: dict[str, torch.Tensor], content: dict[str, Any]
-) -> None:
-    write_tensors(directory / OPTIMIZER_FILE, moments)
-    (directory / OPTIMIZER_JSON).write_bytes(canonical_json(content))
+    write_tensors(directory / OPTIMIZER_FILE, state.moments)
+    (directory / OPTIMIZER_JSON).write_bytes(canonical_json(state.optimizer))
 
 
 def _optimizer_content(
@@ -241,7 +235,7 @@ def _plain(value: Any, what: str) -> Any:
 
 
 def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Restore an optimizer and its schedule from `save_optimizer`'s files.
+    """Restore an optimizer and its schedule from `write_optimizer`'s files.
 
     Raises:
         CorruptCheckpoint: a name in the file is not `<index>.<key>`.
