@@ -218,7 +218,8 @@ def _read_back(staged: Checkpoint, job: Job, probe: Probe) -> tuple[ProbeResult,
     Raises:
         CheckFailed: they differ, so something was lost in writing.
     """
-    model = load_model(staged, job.source)
+    folder = None if job.folder is None else job.folder / "read-back"
+    model = load_model(staged, job.source, folder=folder)
     outputs = forward_logits(model, job.recipe.task, probe.inputs)
     difference = float(np.abs(outputs - probe.reference).max())
     relative = difference / max(float(np.abs(probe.reference).max()), 1e-30)
@@ -285,6 +286,12 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
 
 def _adapter_spec(job: Job) -> AdapterSpec:
     if job.recipe.adapter is not None:
-        return adapter_spec(job.model, job.names)
+        section, started = job.recipe.adapter, job.recipe.adapter.initialisation
+        return adapter_spec(
+            job.model,
+            job.names,
+            initialized=None if started == "default" else started,
+            new_tokens=section.new_tokens,
+        )
     table = parameter_table(job.model)
     return AdapterSpec(type="full", trained_parameters=table.trained, total_parameters=table.total)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlx.adapters import is_frozen_part
 from qlx.checkpoint import (
     Manifest,
     Task,
@@ -138,13 +139,16 @@ def _other(directory: Path, what: str) -> str:
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes, by name: trainable parameters, and the statistics of batch normalisation.
 
+    PiSSA's frozen half is among them: another machine would decompose the base a little otherwise.
     A parameter that is sharded over processes is put together, in which all of them take part.
     """
     return {name: _whole(value.detach()) for name, value in _changing(model)}
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from (named for named in model.named_parameters() if named[1].requires_grad)
+    for name, value in model.named_parameters():
+        if value.requires_grad or is_frozen_part(name):
+            yield name, value
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             yield from module.named_buffers(prefix, recurse=False)
