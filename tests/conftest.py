@@ -198,6 +198,27 @@ def tennis_base(trained: Callable[[str, Any], Path], tennis_clips: Path) -> Path
 
 
 @pytest.fixture(scope="session")
+def classic_base(tennis_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain directory with a classic head whose statistics are those of some batch."""
+    import torch
+    from transformers import VitPoseConfig, VitPoseForPoseEstimation
+
+    config = VitPoseConfig.from_pretrained(tennis_base)
+    config.use_simple_decoder = False
+    torch.manual_seed(5)
+    model = VitPoseForPoseEstimation(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    path = tmp_path_factory.mktemp("classic")
+    model.save_pretrained(path)
+    name = "preprocessor_config.json"
+    (path / name).write_bytes((tennis_base / name).read_bytes())
+    return path
+
+
+@pytest.fixture(scope="session")
 def tennis_run(trained: Callable[[str, Any], Path], tennis_base: Path, tennis_clips: Path) -> Path:
     data = {**TENNIS_RUN["data"], "path": str(tennis_clips / "dim")}
     return trained("tennis-qlora", recipe_of(TENNIS_RUN, tennis_base, data=data))

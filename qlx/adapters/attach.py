@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qlx.adapters.config import CONFIG_FILE, pattern_matches
-from qlx.adapters.initial import FROZEN_PART, doubled, frozen_part, start_loftq, start_pissa
+from qlx.adapters.initial import doubled, frozen_part, start_loftq, start_pissa
 from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
 from qlx.adapters.vocabulary import start_rows, token_targets, widen_for
 from qlx.checkpoint import AdapterSpec, canonical_json
@@ -43,11 +43,14 @@ _TASKS = {"causal-lm": "CAUSAL_LM", "image-classification": None, "heatmap": Non
 def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple[str, ...]:
     """Name endings of all linear layers, heads and modules trained whole left out, sorted.
 
+    GPT-2's layers, which store their weights transposed (`Conv1D`), are linear ones, too.
+
     Raises:
         Unsupported: there is none, or an ending also names a layer that is left out.
     """
     saved, heads = tuple(modules_to_save), head_modules(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kinds = (nn.Linear, require("transformers.pytorch_utils", "train").Conv1D)
+    linear = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     left_out = {n for n in linear if n in heads or any(names_part(n, entry) for entry in saved)}
     endings = {name.rpartition(".")[2] for name in linear if name not in left_out}
     clash = sorted(endings & {name.rpartition(".")[2] for name in left_out})
@@ -258,11 +261,11 @@ def _check_loaded(peft_model: Any, directory: Path) -> None:
             raise Mismatch(f"{directory}: tensor {name!r} was not loaded as it is stored")
 
 
-def _adapter_state(peft_model: Any, adapter: str = "default") -> dict[str, torch.Tensor]:
+def _adapter_state(peft_model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        peft_model, save_embedding_layers=False, adapter_name=adapter
+        peft_model, save_embedding_layers=False
     )
     return state
 
@@ -271,8 +274,8 @@ def _stored(peft_model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The fields and tensors of an adapter as its files hold them; PiSSA's two halves are one there."""
     fields = _json_fields(peft_model.peft_config["default"].to_dict())
     state = _adapter_state(peft_model)
-    if frozen_part(peft_model):
-        fields, state = doubled(fields, state, _adapter_state(peft_model, FROZEN_PART))
+    if frozen := frozen_part(peft_model):
+        fields, state = doubled(fields, state, frozen)
     return fields, {key: value.detach().cpu() for key, value in state.items()}
 
 

@@ -22,7 +22,6 @@ from qlx.errors import Unsupported
 from qlx.quant import packed_modules, packed_of_module
 
 __all__ = [
-    "FROZEN_PART",
     "doubled",
     "frozen_part",
     "is_frozen_part",
@@ -31,10 +30,8 @@ __all__ = [
     "start_pissa",
 ]
 
-FROZEN_PART = "start"
-"""Name in PEFT of the adapter that takes PiSSA's beginning away again."""
-
-_TRAINED = "default"
+_TRAINED, _FROZEN = "default", "start"
+"""Names in PEFT of the adapter that is trained, and of the one that takes PiSSA's beginning away again."""
 
 Factors = tuple[Tensor, Tensor]
 
@@ -65,14 +62,14 @@ def start_pissa(adapted: Any, iterations: int | None) -> None:
     config = copy(adapted.peft_config[_TRAINED])
     config.bias, config.lora_dropout, config.modules_to_save = "none", 0.0, None
     config.trainable_token_indices, config.init_lora_weights = None, True
-    adapted.add_adapter(FROZEN_PART, config)
+    adapted.add_adapter(_FROZEN, config)
     values = _Values(adapted)
     for name, layer in _layers(adapted, "pissa").items():
         if layer.weight.device.type != "meta":
             a, b = _factors(name, layer, values(layer), iterations)
             _put(layer, _TRAINED, a, b)
-            _put(layer, FROZEN_PART, a, -b)
-        layer.set_adapter([_TRAINED, FROZEN_PART])
+            _put(layer, _FROZEN, a, -b)
+        layer.set_adapter([_TRAINED, _FROZEN])
     for name, parameter in adapted.named_parameters():
         if is_frozen_part(name):
             parameter.requires_grad_(False)
@@ -102,7 +99,7 @@ def start_loftq(adapted: Any, original: Callable[[str], Tensor]) -> None:
 
 def is_frozen_part(parameter: str) -> bool:
     """Whether a parameter's name is one of PiSSA's frozen half."""
-    return f".{FROZEN_PART}." in parameter and ".lora_" in parameter
+    return f".{_FROZEN}." in parameter and ".lora_" in parameter
 
 
 def frozen_part(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -115,7 +112,8 @@ def doubled(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields and tensors of the one LoRA that is the sum of both halves, by PEFT's names for files.
 
-    Ranks double, and every alpha grows so that the scaling stays: twice, or √2 with `use_rslora`.
+    `config` and `trained` are those of the trained half; `frozen` is what `frozen_part` gives. Ranks
+    double, and every alpha grows so that the scaling stays: twice, or √2 with `use_rslora`.
     """
     factor = sqrt(2) if config["use_rslora"] else 2
     fields = {
@@ -128,7 +126,7 @@ def doubled(
     }
     joined = {
         name: torch.cat([trained[name], value], dim=0 if ".lora_A." in name else 1)
-        for name, value in frozen.items()
+        for name, value in ((key.replace(f".{_FROZEN}.", "."), v) for key, v in frozen.items())
     }
     return fields, {**trained, **joined}
 

@@ -22,7 +22,10 @@ from qlx.cli.session import Session
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Recipe whose data section to use (default: the data that CHECKPOINT was trained on).",
 )
-def command(session: Session, checkpoint: Path, base: str | None, data: Path | None) -> None:
+@click.option("--offload", is_flag=True, help="Read weights from disk as each layer runs.")
+def command(
+    session: Session, checkpoint: Path, base: str | None, data: Path | None, offload: bool
+) -> None:
     """Score a checkpoint on held-out data.
 
     Accuracy for images; F1, precision, recall and pixel error for heatmaps; loss, perplexity and
@@ -33,5 +36,5 @@ def command(session: Session, checkpoint: Path, base: str | None, data: Path | N
     from qlx.verification import evaluate
 
     section = load_recipe(data).data if data else None
-    result = evaluate(checkpoint, base=base, data=section)
+    result = evaluate(checkpoint, base=base, data=section, offload=offload)
     session.emit(render.score_data(checkpoint, result), render.print_scores)

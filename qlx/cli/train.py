@@ -1,6 +1,7 @@
 """`qlx train`: a recipe to a run directory."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,11 @@ def _print_schema(ctx: click.Context, option: click.Parameter, value: bool) -> N
     metavar="N",
     help="Train in N processes on this machine, which together take N times the batch.",
 )
+@click.option(
+    "--shard",
+    is_flag=True,
+    help="Let each process hold a part of every weight, for models too large for one (FSDP).",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, train nothing.")
 @options.output(required=False)
 def command(
@@ -63,6 +69,7 @@ def command(
     overrides: tuple[str, ...],
     resume: bool,
     nproc: int,
+    shard: bool,
     dry_run: bool,
     output: Path | None,
     force: bool,
@@ -89,17 +96,19 @@ def command(
         check_output(_merged_path(target), read, force=force)
     if this_process().first:
         check_places(loaded, target, (recipe,), force=force)
+    flags = {"--force": force, "--shard": shard}
+    words = _command(recipe, overrides, target, {**flags, "--resume": resume})
+    on = _command(recipe, overrides, target, {**flags, "--resume": True})
     try:
         if nproc > 1:
-            words = _command(recipe, overrides, target, resume=resume, force=force)
             return launch([*words, *session.flags()], nproc)
-        run = train(loaded, target, resume=resume, force=force, report=session.report)
+        run = train(loaded, target, resume=resume, force=force, shard=shard, report=session.report)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted; {_way_on(recipe, overrides, target, force)}") from error
+        raise Interrupted(f"interrupted; {_way_on(target, on)}") from error
     except (InputRefused, UsageError):
         raise
     except Exception:
-        session.report(_way_on(recipe, overrides, target, force))
+        session.report(_way_on(target, on))
         raise
     if not this_process().first:
         return None
@@ -136,26 +145,26 @@ def _merge(session: Session, recipe: "Recipe", run: Path, force: bool) -> dict[s
     return render.checkpoint_data(merged)
 
 
-def _way_on(recipe: Path, overrides: tuple[str, ...], output: Path, force: bool) -> str:
-    """What is left of a training that ended early, and the command that goes on with it."""
+def _way_on(output: Path, words: list[str]) -> str:
+    """What is left of a training that ended early, and the command of `words` that goes on with it."""
     from qlx.training import interrupted_at, this_process
 
     found = interrupted_at(output)
     if found is None:
         return "nothing was saved yet (training.save_every), and nothing was left behind"
-    words = ["qlx", *_command(recipe, overrides, output, resume=True, force=force)]
     count = this_process().count
-    command = shlex.join([*words, "--nproc", str(count)] if count > 1 else words)
+    many = ["--nproc", str(count)] if count > 1 else []
+    command = shlex.join(["qlx", *words, *many])
     return f"the state at step {found[1]} is kept in {found[0]}; go on with: {command}"
 
 
 def _command(
-    recipe: Path, overrides: tuple[str, ...], output: Path, *, resume: bool, force: bool
+    recipe: Path, overrides: tuple[str, ...], output: Path, flags: Mapping[str, bool]
 ) -> list[str]:
     """The words after `qlx` that train this recipe."""
     changes = [part for text in overrides for part in ("--set", text)]
-    flags = [name for name, on in (("--resume", resume), ("--force", force)) if on]
-    return ["train", str(recipe), *changes, "-o", str(output), *flags]
+    given = [name for name, on in flags.items() if on]
+    return ["train", str(recipe), *changes, "-o", str(output), *given]
 
 
 def _checked(recipe: "Recipe") -> dict[str, Any]:

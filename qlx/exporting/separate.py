@@ -57,6 +57,9 @@ def separate_adapter(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         if hasattr(module, "lora_A") and not isinstance(module, SeparateLora):
             _replace(inner, name, _separated(name, module))
             prefixes[f"{name}.base."] = f"{name}."
+        elif hasattr(module, "vera_lambda_d"):
+            _replace(inner, name, _from_vera(module, _only(name, list(module.vera_lambda_d))))
+            prefixes[f"{name}.base."] = f"{name}."
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
             _replace(inner, name, module.modules_to_save[_only(name, module.active_adapters)])
     return inner, prefixes
@@ -74,6 +77,14 @@ def _separated(name: str, layer: Any) -> SeparateLora:
         )
     scaled = layer.lora_B[adapter].weight.to(torch.float32) * layer.scaling[adapter]
     return SeparateLora(layer.base_layer, layer.lora_A[adapter].weight.T, scaled.T)
+
+
+def _from_vera(layer: Any, adapter: str) -> SeparateLora:
+    """Both of its vectors multiplied into the parts of the shared projections that the layer uses."""
+    a, b = layer.vera_A[adapter], layer.vera_B[adapter]
+    narrow = a[:, : layer.in_features].float() * layer.vera_lambda_d[adapter][:, None]
+    scaled = b[: layer.out_features].float() * layer.vera_lambda_b[adapter][:, None]
+    return SeparateLora(layer.base_layer, narrow.T, scaled.T)
 
 
 def _only(name: str, adapters: list[str]) -> str:

@@ -28,7 +28,8 @@ from qlx.models.loading import (
     with_quantized_names,
 )
 from qlx.models.names import plain_names, tensor_names
-from qlx.models.predict import TorchPredictor, forward_logits
+from qlx.models.offload import lend_layers
+from qlx.models.predict import TorchPredictor, device_of, forward_logits
 from qlx.models.probing import MAX_LOGITS_BYTES, make_probe, probe_texts, synthetic_inputs
 from qlx.models.streamed import streamed_bytes, streamed_model
 
@@ -47,12 +48,14 @@ __all__ = [
     "build_model",
     "computing_in",
     "config_from_vit",
+    "device_of",
     "empty_model",
     "forward_logits",
     "gguf_layout",
     "heatmap_grid",
     "image_shape",
     "is_plain_vit",
+    "lend_layers",
     "load_base",
     "load_model",
     "logical_names",

@@ -11,9 +11,11 @@ from qlx.checkpoint import QuantSpec, load_json
 from qlx.errors import CorruptCheckpoint, Unsupported, require
 from qlx.models.architectures import CONFIG_FILE
 from qlx.quant import (
-    IntegerLinear,
-    PackedIntegers,
+    Keep,
     StoredQuantization,
+    in_memory,
+    kept,
+    packed_layer,
     stored_quantization,
     torch_dtype_of,
 )
@@ -65,11 +67,13 @@ def load_codes(
     names: dict[str, str],
     stored: StoredQuantization,
     spec: QuantSpec | None,
+    keep: Keep = in_memory,
 ) -> list[str]:
     """Put the packed weights of `directory` into a model that was built without them, in place.
 
     `names` maps parameters in memory to tensors in the files (`tensor_names`); `spec` says how to
-    compute. Returns the names of the layers replaced, in the order of the files.
+    compute, and `keep` where codes are to lie. Returns the names of the layers replaced, in the order
+    of the files.
 
     Raises:
         CorruptCheckpoint: a weight has no linear layer in the model, or another shape.
@@ -84,15 +88,16 @@ def load_codes(
             raise CorruptCheckpoint(f"{directory}: the codes of {name!r} belong to no linear layer")
         parts = [part for part in stored.part_names(name) if part in weights]
         packed = stored.read(read_tensors(directory, parts), name)
-        assert isinstance(packed, PackedIntegers)  # transformers itself loads the 4-bit layers
         if packed.shape != (linear.out_features, linear.in_features):
             raise CorruptCheckpoint(
                 f"{directory}: the codes of {name!r} are {list(packed.shape)}, the model has "
                 f"{[linear.out_features, linear.in_features]} there"
             )
-        layer = IntegerLinear(packed, linear.bias, *_computing(spec))
+        layer = packed_layer(kept(packed, name, keep), linear.bias, *_computing(spec))
         model.set_submodule(module, layer.train(linear.training))
         found.append(module)
+    if found and stored.method == "bitsandbytes":
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # how PEFT knows
     return found
 
 

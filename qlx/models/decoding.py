@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from qlx.models.predict import device_of
+
 __all__ = ["TorchDecoder"]
 
 Array = NDArray[Any]
@@ -21,7 +23,7 @@ class TorchDecoder:
 
     def feed(self, tokens: Array) -> Array:
         """Append tokens int64 [1, T]; logits float32 [1, T, vocabulary] of those positions."""
-        device = next(self._model.parameters()).device
+        device = device_of(self._model)
         with torch.inference_mode():
             ids = torch.from_numpy(np.ascontiguousarray(tokens, np.int64)).to(device)
             result = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)

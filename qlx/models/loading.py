@@ -1,6 +1,6 @@
 """Loading models into torch: a base, plain or quantized and guarded; any checkpoint that torch can run."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qlx.models.architectures import CONFIG_FILE, Labels, auto_class, quiet_head
 from qlx.models.coded import load_codes, stored_codes, without_report
 from qlx.models.llama_cpp import load_gguf
 from qlx.models.names import tensor_names
+from qlx.models.offload import MappedWeights, lend_layers
 from qlx.models.unfilled import fill, parameters_on_meta, without_tensor
 from qlx.quant import (
     StoredQuantization,
@@ -33,7 +34,7 @@ from qlx.quant import (
     quantize_model,
     set_compute_dtype,
 )
-from qlx.weights import open_weights
+from qlx.weights import open_weights, read_tensor, torch_dtype
 
 __all__ = [
     "STORED_DTYPE",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HEADS = ("classifier.", "score.", "head.")
 STORED_DTYPE = "stored_dtype"
 """Key in `QuantSpec.extras`: the dtype the base was loaded in before it was quantized."""
 
@@ -71,6 +73,7 @@ def load_base(
     quant: QuantSpec | None = None,
     config_from: Path | None = None,
     new_head: Labels | None = None,
+    folder: Path | None = None,
 ) -> nn.Module:
     """Load a model directory, quantized and guarded if `quant` has a scheme, in evaluation mode.
 
@@ -81,6 +84,8 @@ def load_base(
         quant: how to quantize (`mode` manual: layer by layer afterwards; hf: while loading).
         config_from: take `config.json` from this directory instead (an adapter's own).
         new_head: replace the classification head by a fresh one for these classes.
+        folder: leave the weights on disk, mapped from the directory's files, and from copies in this
+            folder where they are quantized or of another dtype (see `qlx.models.offload`).
 
     Raises:
         InputRefused: files are missing, or weights the model needs are not in them.
@@ -90,6 +95,16 @@ def load_base(
     described = Path(config_from or source_path)
     config = _config(described, task, new_head)
     stored = _codes_to_load(source_path, quant)
+    if folder is not None:
+        if new_head is not None:
+            raise Unsupported(
+                f"{source_path}: a new head is made with the weights in memory only; leave out the offloading"
+            )
+        mapped = _mapped(
+            source_path, task, config, dtype, stored, quant, folder,
+            head_may_differ=config_from is not None,
+        )  # fmt: skip
+        return mapped.eval()
     theirs = stored is not None and stored.method == "bitsandbytes"
     if theirs:
         require("bitsandbytes", "train")
@@ -142,9 +157,57 @@ def _from_codes(
     if without_tensor(model, names, weights, coded):
         return None
     plain = {name: disk for name, disk in names.items() if disk not in coded}
-    fill(model, plain, path, dtype)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = read_tensor(weights, name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    fill(model, plain, read)
     load_codes(model, path, names, stored, quant)
     return model
+
+
+def _mapped(
+    path: Path,
+    task: Task,
+    config: Any,
+    dtype: torch.dtype,
+    stored: StoredQuantization | None,
+    quant: QuantSpec | None,
+    folder: Path,
+    *,
+    head_may_differ: bool,
+) -> nn.Module:
+    """A model whose weights stay in its files, or in `folder` where they are converted or quantized.
+
+    Raises:
+        Unsupported: a parameter is not one tensor of the files (fused experts).
+    """
+    with torch.random.fork_rng(devices=[]), parameters_on_meta(), _described_by(path, RuntimeError):
+        model: nn.Module = auto_class(task).from_config(config, dtype=dtype)
+    names, files = tensor_names(model, path), MappedWeights(open_weights(path), folder)
+    coded = frozenset(stored.weight_names(files.weights)) if stored else frozenset()
+    lost = without_tensor(model, names, files.weights, coded)
+    foreign = [name for name in lost if not (head_may_differ and name.startswith(_HEADS))]
+    if foreign:
+        raise Unsupported(
+            f"{path}: the parameter {foreign[0]!r} is not one tensor of these files, so its layer cannot be "
+            "read from them as it runs; leave out the offloading"
+        )
+    plain = {name: disk for name, disk in names.items() if disk not in coded and name not in lost}
+    fill(model, plain, lambda name: files.tensor(name, dtype))
+    fill(model, {name: name for name in lost}, _zeros_like(model, dtype))
+    if stored is not None:
+        load_codes(model, path, names, stored, quant, files.keep)
+    elif quant is not None and quant.quantized:
+        quantize_model(model, quant, files.keep)
+    return model
+
+
+def _zeros_like(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """Zeros for a parameter by its name: a head that an adapter brings along."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return lambda name: torch.zeros(shapes[name], dtype=dtype)
 
 
 def empty_model(directory: Path, task: Task) -> nn.Module:
@@ -268,7 +331,7 @@ def _check_loaded(
     wrong = {*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])}
     wrong -= {f"{module}.weight" for module in coded}
     if head_may_differ:
-        wrong = {name for name in wrong if not name.startswith(("classifier.", "score.", "head."))}
+        wrong = {name for name in wrong if not name.startswith(_HEADS)}
     if wrong:
         raise InputRefused(
             f"{path}: tensor {min(wrong)!r} ({len(wrong)} in all) is missing or of another shape, so the model would "
@@ -308,12 +371,14 @@ def load_model(
     base: Source | None = None,
     *,
     compute_dtype: torch.dtype = torch.float32,
+    folder: Path | None = None,
 ) -> nn.Module:
     """Any checkpoint torch can run, in evaluation mode, computing in `compute_dtype`.
 
     A run or adapter is its base, quantized as recorded, with the adapter attached; merged weights
     and full runs are loaded as they are; packed ones stay packed, except those in GGUF, which
-    become fp32.
+    become fp32. With `folder` weights stay on disk and are lent to each layer while it runs; what
+    has to be quantized for that is written there, and the folder is to outlive the model.
 
     Raises:
         Mismatch: `base` is not the recorded one, or quantizes to other codes than training saw.
@@ -326,19 +391,37 @@ def load_model(
         )
     if (
         manifest.adapter is not None
-        and manifest.adapter.type == "lora"
+        and manifest.adapter.type != "full"
         and manifest.kind in ("run", "adapter")
     ):
-        return _adapted(checkpoint, base, compute_dtype)
+        return _adapted(checkpoint, base, compute_dtype, folder)
     if manifest.quantization.backend == "gguf":
+        if folder is not None:
+            raise Unsupported(
+                f"{checkpoint.path}: a GGUF file is unpacked, so it cannot be offloaded"
+            )
         return load_gguf(checkpoint.path, model_config(checkpoint.path, manifest.task))
     rounds_inputs = manifest.kind == "packed" and manifest.quantization.activation_bits is not None
     quant = manifest.quantization if rounds_inputs else None
-    model = load_base(checkpoint.path, manifest.task, dtype=compute_dtype, quant=quant)
+    dtype = compute_dtype if folder is None else _main_dtype(checkpoint.path, compute_dtype)
+    model = load_base(checkpoint.path, manifest.task, dtype=dtype, quant=quant, folder=folder)
+    if folder is not None:
+        lend_layers(model.requires_grad_(False), model.parameters())
     return computing_in(model, compute_dtype)
 
 
-def _adapted(checkpoint: Checkpoint, base: Source | None, compute_dtype: torch.dtype) -> nn.Module:
+def _main_dtype(directory: Path, otherwise: torch.dtype) -> torch.dtype:
+    """The float type that most weights of a directory are stored in: mapped, they need no copies."""
+    sizes: dict[str, int] = {}
+    for info in open_weights(directory).values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    floats = {name: size for name, size in sizes.items() if name in ("F32", "BF16", "F16")}
+    return torch_dtype(max(floats, key=floats.__getitem__)) if floats else otherwise
+
+
+def _adapted(
+    checkpoint: Checkpoint, base: Source | None, compute_dtype: torch.dtype, folder: Path | None
+) -> nn.Module:
     from qlx.adapters import load_adapter
 
     manifest = checkpoint.manifest
@@ -351,9 +434,13 @@ def _adapted(checkpoint: Checkpoint, base: Source | None, compute_dtype: torch.d
         dtype=stored,
         quant=manifest.quantization,
         config_from=checkpoint.path,
+        folder=folder,
     )
     _require_same_codes(model, manifest, source)
+    weights = list(model.parameters())
     adapted: nn.Module = load_adapter(model, checkpoint.path)
+    if folder is not None:
+        lend_layers(adapted.requires_grad_(False), weights)
     return computing_in(adapted, compute_dtype).eval()
 
 

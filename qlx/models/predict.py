@@ -11,7 +11,7 @@ from torch import nn
 from qlx.checkpoint import Task
 from qlx.errors import InputRefused
 
-__all__ = ["TorchPredictor", "forward_logits"]
+__all__ = ["TorchPredictor", "device_of", "forward_logits"]
 
 _ROWS = 16
 _INPUTS = {
@@ -36,14 +36,16 @@ def forward_logits(
         raise InputRefused(
             f"the model needs an input {missing[0]!r}; given: {', '.join(sorted(inputs)) or 'none'}"
         )
-    device = _device(model)
+    device = device_of(model)
     options = {"use_cache": False} if task == "causal-lm" else {}
     names = [name for name in _INPUTS[task] if name in inputs]
     was_training = model.training
     model.eval()
     pieces = []
     try:
-        with torch.inference_mode():
+        with (
+            torch.no_grad()
+        ):  # inference_mode's tensors do not outlive it, as a sharded model's must
             for start in range(0, len(inputs[names[0]]), _ROWS):
                 batch = {
                     name: _tensor(model, inputs[name][start : start + _ROWS], device)
@@ -57,10 +59,10 @@ def forward_logits(
     return np.concatenate(pieces)
 
 
-def _device(model: nn.Module) -> torch.device:
-    """Where the model computes; one whose weights are read as it runs does so on the CPU."""
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: where an adapter is, if the weights come to the layers as they run, or the CPU."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def _tensor(model: nn.Module, array: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -1,14 +1,12 @@
 """Models built without memory for their weights, to be given them one by one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qlx.weights import WeightSet, read_tensors
+from qlx.weights import WeightSet
 
 __all__ = ["fill", "parameters_on_meta", "without_tensor"]
 
@@ -49,16 +47,15 @@ def without_tensor(
     return [name for name, parameter in parameters if id(parameter) not in known]
 
 
-def fill(model: nn.Module, names: Mapping[str, str], directory: Path, dtype: torch.dtype) -> None:
-    """Give each parameter and buffer of `names` its tensor, floats in `dtype`, ties kept, in place."""
+def fill(model: nn.Module, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
+    """Give each parameter and buffer of `names` its tensor, as `read` gives it by its name, ties kept, in place."""
     places = dict(model.named_parameters(remove_duplicate=False))
     shared: dict[int, list[str]] = {}
     for name, parameter in places.items():
         shared.setdefault(id(parameter), []).append(name)
     buffers = dict(model.named_buffers())
     for name, stored in names.items():
-        tensor = read_tensors(directory, [stored])[stored]
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensor = read(stored)
         if name in buffers:
             buffers[name].data = tensor.to(buffers[name].dtype)
             continue

@@ -1,12 +1,12 @@
 """Quantizing a model in place, and what applies to all of its quantized layers at once."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported, require
@@ -18,11 +18,15 @@ from qlx.quant.integers import PackedIntegers
 
 __all__ = [
     "HEAD_NAMES",
+    "Keep",
     "eligible_modules",
     "guard_bitsandbytes",
     "head_modules",
+    "in_memory",
+    "kept",
     "linear4bit_modules",
     "names_part",
+    "packed_layer",
     "packed_linears",
     "packed_modules",
     "packed_of_module",
@@ -100,7 +104,22 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return shared
 
 
-def quantize_model(model: nn.Module, spec: QuantSpec) -> list[str]:
+Keep = Callable[[str, Tensor], Tensor]
+"""Says where the codes of a weight, given its name, are to lie: returns them, in their new place."""
+
+
+def in_memory(name: str, codes: Tensor) -> Tensor:
+    """The `Keep` of a model that is in memory: codes lie where they were made."""
+    return codes
+
+
+def kept(packed: PackedTensor, name: str, keep: Keep) -> PackedTensor:
+    """The same packed weight with its codes where `keep` puts them; scales stay where they are."""
+    assert isinstance(packed, Packed4bit | PackedIntegers)
+    return replace(packed, codes=keep(name, packed.codes))
+
+
+def quantize_model(model: nn.Module, spec: QuantSpec, keep: Keep = in_memory) -> list[str]:
     """Replace every eligible `nn.Linear` by a packed layer, in place; returns their names.
 
     NF4 and FP4 become guarded layers of bitsandbytes, integer schemes an `IntegerLinear`. Codes come
@@ -119,7 +138,11 @@ def quantize_model(model: nn.Module, spec: QuantSpec) -> list[str]:
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layer = _packed_layer(quantize_tensor(linear.weight, spec), linear.bias, spec)
+        packed = kept(quantize_tensor(linear.weight, spec), f"{name}.codes", keep)
+        assert isinstance(packed, Packed4bit | PackedIntegers)
+        values = replace(packed, dtype=torch.float32)
+        dtype = torch_dtype_of(spec.compute_dtype)
+        layer = packed_layer(values, linear.bias, dtype, spec.activation_bits)
         layer.train(linear.training)
         model.set_submodule(name, layer.to(linear.weight.device))
     if four_bit:
@@ -127,15 +150,20 @@ def quantize_model(model: nn.Module, spec: QuantSpec) -> list[str]:
     return names
 
 
-def _packed_layer(packed: PackedTensor, bias: nn.Parameter | None, spec: QuantSpec) -> nn.Module:
-    dtype = torch_dtype_of(spec.compute_dtype)
+def packed_layer(
+    packed: PackedTensor,
+    bias: nn.Parameter | None,
+    compute_dtype: torch.dtype | None,
+    activation_bits: int | None,
+) -> nn.Module:
+    """The layer that computes with a packed weight: a guarded one of bitsandbytes, or an `IntegerLinear`."""
     if isinstance(packed, PackedIntegers):
-        integers = replace(packed, dtype=torch.float32)
-        return IntegerLinear(integers, bias, dtype, spec.activation_bits)
+        return IntegerLinear(packed, bias, compute_dtype, activation_bits)
     assert isinstance(packed, Packed4bit)
     require("bitsandbytes", "train")
     from qlx.quant.guard import guarded_linear
 
+    dtype = compute_dtype or torch.float32
     layer: nn.Module = guarded_linear(replace(packed, dtype=torch.float32), bias, dtype)
     return layer
 

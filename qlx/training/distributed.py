@@ -49,6 +49,13 @@ class Process:
         if self.count > 1:
             require("accelerate", "train").PartialState().wait_for_everyone()
 
+    def draw_apart(self, seed: int) -> None:
+        """Begin this process's own random numbers, such as dropout's, which the first process has from the seed."""
+        if not self.first:
+            import torch
+
+            torch.manual_seed(seed + self.rank)
+
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, in their order, in every one of them; the values are JSON's."""
         if self.count == 1:

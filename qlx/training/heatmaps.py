@@ -18,7 +18,7 @@ from qlx.inputs import (
     rescaled,
 )
 
-__all__ = ["HeatmapDataset", "drawn_target", "focal_loss", "hold_statistics"]
+__all__ = ["HeatmapDataset", "drawn_target", "focal_loss", "hold_statistics", "share_statistics"]
 
 
 class HeatmapDataset(Dataset[dict[str, Any]]):
@@ -57,6 +57,43 @@ def hold_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Let batch normalisation see the batches of all processes as one, which each step then does."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _SharedBatchNorm2d
+
+
+class _SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation over all processes; PyTorch's own (`SyncBatchNorm`) runs on GPUs only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the class above does, with mean and variance over the inputs of every process."""
+        if not self.training:
+            return super().forward(input)
+        from torch.distributed.nn.functional import all_reduce
+
+        sides = (0, 2, 3)
+        count = input.new_tensor([input.numel() / input.shape[1]])
+        sums = all_reduce(torch.cat([input.sum(sides), count]))
+        total, mean = sums[-1], sums[:-1] / sums[-1]
+        centred = input - mean[:, None, None]
+        variance = all_reduce((centred**2).sum(sides)) / total
+        self._remember(mean.detach(), (variance * total / (total - 1)).detach())
+        scale = self.weight / (variance + self.eps).sqrt()
+        normalized: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
+        return normalized
+
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        share = self.momentum or 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
 
 
 def focal_loss(logits: Tensor, target: Tensor) -> Tensor:

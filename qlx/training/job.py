@@ -1,9 +1,11 @@
 """A training made ready: base resolved, data prepared, model loaded, quantized and adapted."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qlx.adapters import attach_adapter
@@ -16,6 +18,7 @@ from qlx.models import (
     build_config,
     build_model,
     is_plain_vit,
+    lend_layers,
     load_base,
     read_config,
     stored_codes,
@@ -36,8 +39,10 @@ from qlx.training.material import (
 )
 from qlx.training.progress import Reporter
 from qlx.training.trainable import require_only_adapter
+from qlx.training.work import OFFLOADED
+from qlx.weights import read_tensors
 
-__all__ = ["Job", "new_head", "prepare", "quant_spec", "starts_from_vit"]
+__all__ = ["Job", "model_again", "new_head", "prepare", "quant_spec", "starts_from_vit"]
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Job:
     """Everything a training needs and what its manifest will say.
 
     `names` maps in-memory parameter names of the base to tensors in its files; `config` are the
-    bytes of the result's `config.json`.
+    bytes of the result's `config.json`; `folder` is where a base that is offloaded to disk has its copies.
     """
 
     recipe: Recipe
@@ -55,6 +60,7 @@ class Job:
     quantization: QuantSpec
     names: dict[str, str]
     config: bytes
+    folder: Path | None = None
 
     def release(self) -> None:
         """Let go of the model, so that its memory can be used to read back what was written."""
@@ -123,7 +129,16 @@ def prepare(recipe: Recipe, work: Path, report: Reporter) -> Job:
     report(f"data: {material.counts[0]:,} examples to train on, {material.counts[1]:,} held out")
     if source is None:
         return _from_scratch(recipe, material)
-    return _from_base(recipe, material, source)
+    if recipe.base.offload != "none" and this_process().count > 1:
+        raise Unsupported("base.offload is for one process; leave it out, or train without --nproc")
+    return _from_base(recipe, material, source, work / OFFLOADED)
+
+
+def model_again(job: Job) -> nn.Module:
+    """The model of a job as it was before the first step."""
+    if job.source is None:
+        return _from_scratch(job.recipe, job.material).model
+    return _from_base(job.recipe, job.material, job.source, job.folder or Path()).model
 
 
 def _from_scratch(recipe: Recipe, material: Material) -> Job:
@@ -153,7 +168,7 @@ def _from_scratch(recipe: Recipe, material: Material) -> Job:
     )
 
 
-def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
+def _from_base(recipe: Recipe, material: Material, source: Source, offloaded: Path) -> Job:
     if isinstance(material, KeypointMaterial) and starts_from_vit(recipe, source.path):
         return _from_plain_vit(recipe, material, source)
     labels = None if isinstance(material, TextMaterial) else material.labels
@@ -165,6 +180,7 @@ def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
         dtype=torch_float(recipe.base.dtype),
         quant=quantization,
         new_head=head,
+        folder=(folder := offloaded if recipe.base.offload == "disk" else None),
     )
     if quantization.quantized:
         quantization = with_quantized_names(model, quantization, source.path)
@@ -175,9 +191,13 @@ def _from_base(recipe: Recipe, material: Material, source: Source) -> Job:
         else _config_bytes(model)
     )
     if recipe.adapter is not None:
-        model = _adapted(model, recipe)
+        weights = list(model.parameters())
+        new_ids = material.new_ids if isinstance(material, TextMaterial) else ()
+        model = _adapted(model, recipe, _original(source.path, names), new_ids)
         require_only_adapter(model, recipe.adapter)
-    return Job(recipe, model, material, source, quantization, names, config)
+        if recipe.base.offload != "none":
+            lend_layers(model, weights)
+    return Job(recipe, model, material, source, quantization, names, config, folder)
 
 
 def starts_from_vit(recipe: Recipe, base: Path) -> bool:
@@ -204,14 +224,29 @@ def _from_plain_vit(recipe: Recipe, material: KeypointMaterial, source: Source) 
     return Job(recipe, model, material, source, quant_spec(None, "float32"), names, config)
 
 
-def _adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
-    import torch
-
+def _adapted(
+    model: nn.Module,
+    recipe: Recipe,
+    original: Callable[[str], torch.Tensor],
+    new_ids: Sequence[int],
+) -> nn.Module:
     assert recipe.adapter is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.training.seed)
-        adapted: nn.Module = attach_adapter(model, recipe.adapter, task=recipe.task)
+        adapted: nn.Module = attach_adapter(
+            model, recipe.adapter, task=recipe.task, original=original, new_ids=new_ids
+        )
     return adapted
+
+
+def _original(base: Path, names: Mapping[str, str]) -> Callable[[str], torch.Tensor]:
+    """A module's weight as it lies in the base's files, which are read one tensor at a time."""
+
+    def read(module: str) -> torch.Tensor:
+        name = names[f"{module}.weight"]
+        return read_tensors(base, [name])[name]
+
+    return read
 
 
 def _generation(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qlx.checkpoint import Manifest
+from qlx.checkpoint import AdapterSpec, Manifest
 from qlx.errors import require
 from qlx.training.progress import EVALUATED
 from qlx.training.trainable import ParameterTable
@@ -144,11 +144,11 @@ def _facts(manifest: Manifest) -> str:
         rows.append(
             ("quantization", f"{quantization.scheme}{double}, {len(quantization.modules)} layers")
         )
-    if adapter is not None and adapter.type == "lora":
+    if adapter is not None and adapter.type != "full":
         rows.append(
             (
                 "adapter",
-                f"rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)}",
+                f"{_kind(adapter)}, on {', '.join(adapter.targets)}",
             )
         )
     step = manifest.lineage[-1]
@@ -160,6 +160,12 @@ def _facts(manifest: Manifest) -> str:
     return _table(
         ("", ""), ((escape(name), f"<code>{escape(str(value))}</code>") for name, value in rows)
     )
+
+
+def _kind(adapter: AdapterSpec) -> str:
+    alpha = "" if adapter.alpha is None else f", alpha {adapter.alpha:g}"
+    started = "" if adapter.initialized is None else f", begun as {adapter.initialized}"
+    return f"{adapter.type} of rank {adapter.rank}{alpha}{started}"
 
 
 def _scores(before: dict[str, float], after: dict[str, float]) -> str:

@@ -26,13 +26,13 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import CheckFailed, require
-from qlx.models import CONFIG_FILE, forward_logits, heatmap_grid, load_model, make_probe
+from qlx.errors import CheckFailed, UsageError, require
+from qlx.models import CONFIG_FILE, forward_logits, load_model, make_probe
 from qlx.recipe import Recipe
 from qlx.training.distributed import Process, join_processes
 from qlx.training.evaluation import HeldOut, measure
-from qlx.training.heatmaps import HeatmapDataset
 from qlx.training.job import Job, prepare
+from qlx.training.loop import Ended, Loop
 from qlx.training.material import ImageMaterial, KeypointMaterial
 from qlx.training.progress import (
     METRICS_FILE,
@@ -43,10 +43,9 @@ from qlx.training.progress import (
 )
 from qlx.training.report import RunSummary, Sample, write_report
 from qlx.training.samples import image_samples, keypoint_samples, text_samples
-from qlx.training.state import TRAINER_STATE_FILE, open_state, require_recipe, save_optimizer
+from qlx.training.state import TRAINER_STATE_FILE, require_recipe, write_optimizer
 from qlx.training.tags import tag_of
 from qlx.training.trainable import parameter_table
-from qlx.training.trainers import ImageDataset, heatmap_trainer, image_trainer, text_trainer
 from qlx.training.work import STATE, check_places, work_directory, working
 from qlx.weights import SINGLE_FILE, write_tensors
 
@@ -65,6 +64,7 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
+    shard: bool = False,
     report: Reporter = lambda line: None,
 ) -> Checkpoint:
     """Train what a recipe describes and write the run to `output`.
@@ -78,11 +78,12 @@ def train(
         output: the run directory to make.
         resume: go on with an interrupted training of the same recipe and base.
         force: replace an existing run and, without `resume`, forget an interrupted training.
+        shard: let each of several processes hold a part of every weight (see `qlx.training.sharding`).
         report: receives lines of progress.
 
     Raises:
-        UsageError: `output` exists, nothing is there to resume, or something else lies where the state
-            would.
+        UsageError: `output` exists, there is one process to share among, nothing is there to resume,
+            or something else lies where the state would.
         InputRefused: the base or the data cannot be used.
         CheckFailed: the loss is no number, or what was written does not replay.
     """
@@ -96,32 +97,37 @@ def train(
     ):
         require(module, "train")
     output, process = Path(output), join_processes()
+    if shard and process.count == 1:
+        raise UsageError("--shard divides the model among processes; give --nproc 2 or more")
     if not process.first:
-        return _take_part(recipe, output, process)
+        return _take_part(recipe, output, process, shard=shard)
     check_places(recipe, output, force=force)
     with working(output, resume=resume, force=force) as work:
         if is_checkpoint(work / STATE):
             require_recipe(work / STATE, recipe.digest)
         process.wait()
         job = prepare(recipe, work, report)
-        before, trainer = _train(job, work, process, report)
+        loop = Loop(job, process, work, work / STATE, shard=shard)
+        before = _train(loop, report)
+        ended = loop.end()
         with new_checkpoint(output, force=force) as staging:
-            _write_run(job, trainer, before, work, staging, report)
+            _write_run(job, ended, before, work, staging, report)
     report(f"wrote {output}")
     process.wait()
     return open_checkpoint(output)
 
 
-def _take_part(recipe: Recipe, output: Path, process: Process) -> Checkpoint:
+def _take_part(recipe: Recipe, output: Path, process: Process, *, shard: bool) -> Checkpoint:
     """Train beside the first process, from the state that it has checked, and write nothing."""
     try:
         process.wait()
         with tempfile.TemporaryDirectory(prefix="qlx-training-") as scratch:
             job = prepare(recipe, Path(scratch), lambda line: None)
-            state = _saved_state(work_directory(output), job)
-            measure(job, process)
-            trainer = _trainer(job, Path(scratch), process, state_at=work_directory(output) / STATE)
-            trainer.train(resume_from_checkpoint=None if state is None else str(state))
+            state_at = work_directory(output) / STATE
+            loop = Loop(job, process, Path(scratch), state_at, shard=shard)
+            loop.measure()
+            loop.run()
+            loop.end()
         process.wait()
     except Exception:
         process.speak_last()
@@ -129,57 +135,28 @@ def _take_part(recipe: Recipe, output: Path, process: Process) -> Checkpoint:
     return open_checkpoint(output)
 
 
-def _train(
-    job: Job, work: Path, process: Process, report: Reporter
-) -> tuple[dict[str, float], Any]:
-    """The loop; returns the held-out scores from before it, and the trainer."""
-    state = _saved_state(work, job)
-    for line in parameter_table(job.model).lines():
+def _train(loop: Loop, report: Reporter) -> dict[str, float]:
+    """The loop, reported and measured; returns the held-out scores from before it."""
+    trainer, training = loop.trainer, loop.job.recipe.training
+    for line in parameter_table(loop.job.model).lines():
         report(line)
-    before = measure(job, process)
+    before = loop.measure()
     report(f"held out, before: {_shown(before.metrics)}")
-    step = None if state is None else int(load_json(state / TRAINER_STATE_FILE)["global_step"])
-    trainer = _trainer(job, work, process, state_at=work / STATE)
-    start = before.row if job.recipe.training.eval_every else None
-    trainer.add_callback(metrics_callback(work / METRICS_FILE, resumed_at=step, start=start))
-    trainer.add_callback(progress_callback(report))
-    if state is not None:
+    step = None
+    if loop.state is not None:
+        step = int(load_json(loop.state / TRAINER_STATE_FILE)["global_step"])
         report(f"resuming at step {step}")
-    trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    start = before.row if training.eval_every else None
+    metrics = Path(trainer.args.output_dir) / METRICS_FILE
+    trainer.add_callback(metrics_callback(metrics, resumed_at=step, start=start))
+    trainer.add_callback(progress_callback(report))
+    loop.run()
     held_out: HeldOut = trainer.held_out
     if held_out.weights:
-        held_out.restore(job.model)
         report(
             f"kept the weights of step {held_out.best_step}: held-out loss {held_out.best_loss:.4f}"
         )
-    return before.metrics, trainer
-
-
-def _saved_state(work: Path, job: Job) -> Path | None:
-    """The checked state to go on from; None for a training that starts."""
-    place = work / STATE
-    return open_state(place, job.belongs_to) if is_checkpoint(place) else None
-
-
-def _trainer(job: Job, work: Path, process: Process, *, state_at: Path) -> Any:
-    section, material = job.recipe.training, job.material
-    if isinstance(material, ImageMaterial):
-        trainer = image_trainer(
-            job.model, ImageDataset(material.train, material.preprocessor), section, work
-        )
-    elif isinstance(material, KeypointMaterial):
-        config: Any = job.model.config
-        dataset = HeatmapDataset(material.train, material.preprocessor, heatmap_grid(config))
-        trainer = heatmap_trainer(job.model, dataset, section, work)
-    else:
-        tokenizer = material.fast_tokenizer(work)
-        trainer = text_trainer(
-            job.model, material.train, tokenizer, section, work, job.recipe.data.max_length
-        )
-    trainer.state_directory, trainer.belongs_to = state_at, job.belongs_to
-    trainer.task, trainer.process = job.recipe.task, process
-    trainer.held_out = HeldOut(lambda: measure(job, process), section, process)
-    return trainer
+    return before.metrics
 
 
 def _shown(metrics: dict[str, float]) -> str:
@@ -187,19 +164,18 @@ def _shown(metrics: dict[str, float]) -> str:
 
 
 def _write_run(
-    job: Job, trainer: Any, before: dict[str, float], work: Path, staging: Path, report: Reporter
+    job: Job, ended: Ended, before: dict[str, float], work: Path, staging: Path, report: Reporter
 ) -> None:
     """Fill the staging directory, replay it, and seal it."""
     after, table = measure(job, Process()).metrics, parameter_table(job.model)
     report(f"held out, after:  {_shown(after)}")
-    steps = int(trainer.state.global_step)
-    scores = {"before": before, "after": after, "held_out": trainer.held_out.outcome(steps)}
+    steps = int(ended.trainer_state.global_step)
+    scores = {"before": before, "after": after, "held_out": ended.held_out.outcome(steps)}
     manifest = _manifest(job, steps, {name: found for name, found in scores.items() if found})
     probe = _probe(job)
-    _write_files(job, trainer, work, staging)
+    _write_files(job, ended, work, staging)
     write_probe(staging / PROBE_FILE, probe)
     job.release()
-    del trainer
     gc.collect()
     result, samples = _read_back(Checkpoint(staging, manifest, ""), job, probe)
     manifest = manifest.with_result(result)
@@ -208,13 +184,13 @@ def _write_run(
     seal(staging, manifest)
 
 
-def _write_files(job: Job, trainer: Any, work: Path, staging: Path) -> None:
+def _write_files(job: Job, ended: Ended, work: Path, staging: Path) -> None:
     _write_weights(job, staging)
     for name, content in {**job.material.files, CONFIG_FILE: job.config}.items():
         (staging / name).write_bytes(content)
     (staging / RECIPE_FILE).write_bytes(canonical_json(job.recipe.content()))  # JSON is YAML
-    save_optimizer(staging, trainer.optimizer, trainer.lr_scheduler)
-    trainer.state.save_to_json(str(staging / TRAINER_STATE_FILE))
+    write_optimizer(staging, ended.state)
+    ended.trainer_state.save_to_json(str(staging / TRAINER_STATE_FILE))
     shutil.copyfile(work / METRICS_FILE, staging / METRICS_FILE)
 
 
@@ -242,7 +218,8 @@ def _read_back(staged: Checkpoint, job: Job, probe: Probe) -> tuple[ProbeResult,
     Raises:
         CheckFailed: they differ, so something was lost in writing.
     """
-    model = load_model(staged, job.source)
+    folder = None if job.folder is None else job.folder / "read-back"
+    model = load_model(staged, job.source, folder=folder)
     outputs = forward_logits(model, job.recipe.task, probe.inputs)
     difference = float(np.abs(outputs - probe.reference).max())
     relative = difference / max(float(np.abs(probe.reference).max()), 1e-30)
@@ -309,6 +286,12 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
 
 def _adapter_spec(job: Job) -> AdapterSpec:
     if job.recipe.adapter is not None:
-        return adapter_spec(job.model, job.names)
+        section, started = job.recipe.adapter, job.recipe.adapter.initialisation
+        return adapter_spec(
+            job.model,
+            job.names,
+            initialized=None if started == "default" else started,
+            new_tokens=section.new_tokens,
+        )
     table = parameter_table(job.model)
     return AdapterSpec(type="full", trained_parameters=table.trained, total_parameters=table.total)

@@ -24,6 +24,7 @@ from qlx.inputs import (
     open_image,
     rescaled,
 )
+from qlx.models import device_of
 from qlx.training.report import Sample
 
 __all__ = ["greedy", "image_samples", "keypoint_samples", "text_samples"]
@@ -165,7 +166,7 @@ def text_samples(model: Any, codec: TextCodec, split: TextSplit) -> list[Sample]
 
 def greedy(model: nn.Module, prompt: list[int], codec: TextCodec, count: int) -> list[int]:
     """At most `count` tokens after a prompt, the likeliest each time, up to the end token."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = list(prompt)
     with torch.inference_mode():
         while len(ids) < len(prompt) + count:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlx.adapters import is_frozen_part
 from qlx.checkpoint import (
     Manifest,
     Task,
@@ -39,9 +40,9 @@ __all__ = [
     "open_state",
     "put_trained",
     "require_recipe",
-    "save_optimizer",
     "save_state",
     "trained_tensors",
+    "write_optimizer",
 ]
 
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -93,7 +94,7 @@ def save_state(
     """
     with new_checkpoint(directory, force=True) as staging:
         write_tensors(staging / _TRAINED_FILE, state.trained)
-        _write_optimizer(staging, state.moments, state.optimizer)
+        write_optimizer(staging, state)
         (staging / _RANDOM_FILE).write_bytes(canonical_json(state.randoms))
         trainer_state.save_to_json(str(staging / TRAINER_STATE_FILE))
         (staging / _BELONGS_FILE).write_bytes(canonical_json({"belongs_to": belongs_to}))
@@ -138,13 +139,16 @@ def _other(directory: Path, what: str) -> str:
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What training changes, by name: trainable parameters, and the statistics of batch normalisation.
 
+    PiSSA's frozen half is among them: another machine would decompose the base a little otherwise.
     A parameter that is sharded over processes is put together, in which all of them take part.
     """
     return {name: _whole(value.detach()) for name, value in _changing(model)}
 
 
 def _changing(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from (named for named in model.named_parameters() if named[1].requires_grad)
+    for name, value in model.named_parameters():
+        if value.requires_grad or is_frozen_part(name):
+            yield name, value
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             yield from module.named_buffers(prefix, recurse=False)
@@ -190,16 +194,10 @@ def put_trained(saved: Mapping[str, torch.Tensor], model: nn.Module, origin: str
             value.copy_(_as_held(saved[name], value))
 
 
-def save_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def write_optimizer(directory: Path, state: State) -> None:
     """Write `optimizer.safetensors` (moments) and `optimizer.json` (groups, scalars, schedule)."""
-    _write_optimizer(directory, *_optimizer_content(optimizer, scheduler))
-
-
-def _write_optimizer(
-    directory: Path, moments: dict[str, torch.Tensor], content: dict[str, Any]
-) -> None:
-    write_tensors(directory / OPTIMIZER_FILE, moments)
-    (directory / OPTIMIZER_JSON).write_bytes(canonical_json(content))
+    write_tensors(directory / OPTIMIZER_FILE, state.moments)
+    (directory / OPTIMIZER_JSON).write_bytes(canonical_json(state.optimizer))
 
 
 def _optimizer_content(
@@ -241,7 +239,7 @@ def _plain(value: Any, what: str) -> Any:
 
 
 def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Restore an optimizer and its schedule from `save_optimizer`'s files.
+    """Restore an optimizer and its schedule from `write_optimizer`'s files.
 
     Raises:
         CorruptCheckpoint: a name in the file is not `<index>.<key>`.

@@ -113,6 +113,12 @@ class StrictTrainer:
             )
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Shorten gradients that are too long; of a sharded model the length is that of all shards."""
+        trainer: Any = super()
+        norm = trainer._clip_grad_norm(model)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
         step, last = trainer.state.global_step, trainer.state.max_steps

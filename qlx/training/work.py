@@ -17,13 +17,14 @@ from qlx.recipe import Recipe
 from qlx.training.progress import METRICS_FILE
 from qlx.training.state import TRAINER_STATE_FILE
 
-__all__ = ["STATE", "check_places", "interrupted_at", "work_directory", "working"]
+__all__ = ["OFFLOADED", "STATE", "check_places", "interrupted_at", "work_directory", "working"]
 
 STATE = "state"
+OFFLOADED = "offloaded"
 _MARK = ".qlx-training"
 _SAID = "qlx train keeps the state of an unfinished training here; it removes it when it is done.\n"
 _OWN = re.compile(
-    rf"{re.escape(_MARK)}|{STATE}|{re.escape(METRICS_FILE)}|tokenizer|tokenizer\.json"
+    rf"{re.escape(_MARK)}|{STATE}|{OFFLOADED}|{re.escape(METRICS_FILE)}|tokenizer|tokenizer\.json"
     rf"|\.qlx-{STATE}-\w{{8}}|\.{STATE}\.qlx-old-\w{{8}}"  # what a kill left of a state being replaced
 )
 

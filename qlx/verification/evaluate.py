@@ -1,6 +1,7 @@
 """`eval`: the task's own score of a checkpoint of any kind, on the data that its recipe held out."""
 
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,12 @@ def evaluate(
     base: Source | str | Path | None = None,
     data: DataSection | Path | None = None,
     batch_size: int = _BATCH,
+    offload: bool = False,
 ) -> EvalResult:
     """Score a checkpoint on held-out examples of `data`, or of what its training step recorded.
 
-    `data` is a data section, or a recipe file whose data section is meant.
+    `data` is a data section, or a recipe file whose data section is meant. With `offload` weights are
+    read from disk as each layer runs, instead of being in memory; the scores are the same.
 
     Raises:
         CorruptCheckpoint: a byte of the checkpoint is not what its manifest recorded.
@@ -53,10 +56,12 @@ def evaluate(
     source = base_of(checkpoint, base)
     chosen = recorded_data(checkpoint) if data is None else data_of(data)
     batches = examples(checkpoint, chosen, batch_size)
-    predictor = predictor_of(checkpoint, source)
     score = Score(checkpoint.manifest.task)
-    for batch in batches:
-        score.add(predictor.predict(batch.inputs), batch.labels)
+    with tempfile.TemporaryDirectory(prefix="qlx-offloaded-") as folder:
+        predictor = predictor_of(checkpoint, source, folder=Path(folder) if offload else None)
+        for batch in batches:
+            score.add(predictor.predict(batch.inputs), batch.labels)
+        del predictor
     return _result(checkpoint, chosen, score)
 
 

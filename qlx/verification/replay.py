@@ -5,12 +5,13 @@ Both engines are imported when they are needed and not before.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from qlx.checkpoint import Checkpoint, Probe, Source, read_probe
-from qlx.errors import InputRefused, Mismatch, require
+from qlx.errors import InputRefused, Mismatch, Unsupported, require
 from qlx.verification.metrics import Array
 
 __all__ = ["Predictor", "predictor_of", "probe_of", "replay"]
@@ -24,13 +25,22 @@ class Predictor(Protocol):
         ...
 
 
-def predictor_of(checkpoint: Checkpoint, base: Source | None = None) -> Predictor:
+def predictor_of(
+    checkpoint: Checkpoint, base: Source | None = None, *, folder: Path | None = None
+) -> Predictor:
     """The engine that runs `checkpoint` in fp32 (packed weights in their own codec).
+
+    With `folder` torch leaves the weights on disk, those that it has to quantize in that folder.
 
     Raises:
         MissingExtra: the engine is not installed.
+        Unsupported: an ONNX checkpoint with `folder`.
     """
     if checkpoint.manifest.kind == "onnx":
+        if folder is not None:
+            raise Unsupported(
+                f"{checkpoint.path}: onnxruntime holds its model in memory; leave out --offload"
+            )
         require("onnxruntime", "serve")
         from qlx.runtime import OnnxPredictor
 
@@ -39,7 +49,8 @@ def predictor_of(checkpoint: Checkpoint, base: Source | None = None) -> Predicto
     require("torch", "train")
     from qlx.models import TorchPredictor, load_model
 
-    torch: Predictor = TorchPredictor(load_model(checkpoint, base), checkpoint.manifest.task)
+    model = load_model(checkpoint, base, folder=folder)
+    torch: Predictor = TorchPredictor(model, checkpoint.manifest.task)
     return torch
 
 

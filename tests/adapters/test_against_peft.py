@@ -14,6 +14,7 @@ from qlx.adapters import (
     attach_adapter,
     auto_targets,
     delta_bias,
+    fitted,
     load_adapter,
     merged_weight,
     parameter_counts,
@@ -21,9 +22,10 @@ from qlx.adapters import (
     save_adapter,
 )
 from qlx.checkpoint import QuantSpec
-from qlx.errors import Mismatch, Unsupported
+from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, Unsupported
 from qlx.quant import dequantize_tensor, packed_of_module, quantize_model
 from qlx.recipe import AdapterSection
+from qlx.weights import read_tensors, write_tensors
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -413,3 +415,76 @@ def test_peft_4bit_merge_forgets_the_scaling_of_lora_bias():
     layer.merge()
     added = (layer.base_layer.bias.data - before).mean().item()
     assert added == pytest.approx(1.0), "PEFT now scales lora_bias by 2 in its 4-bit merge"
+
+
+VERA = AdapterSection(type="vera", rank=12, target_modules=("q_proj", "k_proj"), dropout=0.1)
+
+
+@pytest.fixture
+def vera(tmp_path):
+    """A VeRA adapter on layers of different shapes, as trained, and its directory."""
+    torch.manual_seed(3)
+    adapted = attach_adapter(Net(), VERA).eval()
+    for name, parameter in adapted.named_parameters():
+        if "vera_lambda" in name:
+            assert parameter.requires_grad
+            parameter.data += 0.4 * torch.randn_like(parameter)
+    save_adapter(adapted, tmp_path / "adapter")
+    return adapted, tmp_path / "adapter"
+
+
+def test_vera_is_read_as_the_low_rank_update_it_is(vera):
+    adapted, directory = vera
+    stored = read_adapter(directory)
+    assert stored.config.kind == "vera" and not stored.without_effect()
+    for name in ("q_proj", "k_proj"):
+        layer = adapted.get_base_model().get_submodule(name)
+        delta = fitted(stored.deltas[name], layer.in_features)
+        torch.testing.assert_close(
+            merged_weight(layer.base_layer.weight, delta),
+            layer.base_layer.weight + layer.get_delta_weight("default"),
+            rtol=0,
+            atol=1e-6,
+        )
+        with pytest.raises(Mismatch):
+            merged_weight(torch.zeros(len(delta.b), 40), stored.deltas[name])
+        with pytest.raises(Mismatch, match="has 97 inputs"):
+            fitted(stored.deltas[name], 97)
+
+
+def test_vera_loads_bit_for_bit_here_and_in_plain_peft(vera):
+    adapted, directory = vera
+    torch.manual_seed(3)
+    plain = Net()
+    ids = torch.arange(12).view(3, 4)
+    ours = load_adapter(copy.deepcopy(plain), directory)
+    assert torch.equal(ours(ids), adapted(ids))
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(directory)).eval()
+    assert torch.equal(theirs(ids), adapted(ids))
+    assert (adapted(ids) - plain(ids)).abs().max() > 1e-3
+    spec = adapter_spec(adapted, {f"{n}.weight": n for n in ("q_proj", "k_proj")})
+    assert (spec.type, spec.rank, spec.alpha, spec.dropout) == ("vera", 12, None, 0.1)
+    assert spec.trained_parameters == 2 * 12 + 96 + 64
+
+
+def test_damaged_vera_directories_are_refused_by_name(vera):
+    _, directory = vera
+    file, described = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    tensors, fields = read_tensors(file), json.loads(described.read_text())
+
+    def refused(match, error, changed=None, **config):
+        write_tensors(
+            file, {k: v for k, v in {**tensors, **(changed or {})}.items() if v is not None}
+        )
+        described.write_text(json.dumps({**fields, **config}))
+        with pytest.raises(error, match=match):
+            read_adapter(directory)
+
+    inner, outer = (f"base_model.model.q_proj.vera_lambda_{x}" for x in "db")
+    refused("are not stored", Unsupported, save_projection=False)
+    refused("'base_model.vera_A' is missing", CorruptCheckpoint, {"base_model.vera_A": None})
+    refused("says rank 11", Mismatch, r=11)
+    refused("does not have exactly the two vectors", CorruptCheckpoint, {outer: None})
+    refused("do not fit", Mismatch, {outer: torch.ones(97)})
+    refused("do not fit", Mismatch, {inner: torch.ones(5)})
+    refused("NaN", InputRefused, {"base_model.vera_B": tensors["base_model.vera_B"] * torch.nan})

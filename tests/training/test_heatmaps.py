@@ -9,8 +9,6 @@ import torch
 from transformers import (
     ViTConfig,
     ViTForImageClassification,
-    VitPoseConfig,
-    VitPoseForPoseEstimation,
 )
 
 from qlx.checkpoint import open_checkpoint, read_probe, resolve_source
@@ -277,24 +275,6 @@ def test_a_recipe_that_makes_no_sense_is_refused(sections, match):
 
 
 # --- The classic head: deconvolutions with batch normalisation, as in the first ViTPose checkpoints
-
-
-@pytest.fixture(scope="module")
-def classic_base(tennis_base, tmp_path_factory):
-    """A plain directory with a classic head whose statistics are those of some batch."""
-    config = VitPoseConfig.from_pretrained(tennis_base)
-    config.use_simple_decoder = False
-    torch.manual_seed(5)
-    model = VitPoseForPoseEstimation(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    path = tmp_path_factory.mktemp("classic")
-    model.save_pretrained(path)
-    name = "preprocessor_config.json"
-    (path / name).write_bytes((tennis_base / name).read_bytes())
-    return path
 
 
 @pytest.mark.parametrize("saved", [(), ("head.conv",)], ids=["frozen head", "trained head"])
