@@ -58,12 +58,11 @@ QLX = (
 import torch
 from qlx.checkpoint import open_checkpoint, resolve_source
 from qlx.checkpoint.durable import sync_tree
-from qlx.merging import check_effect, write_merge
-from qlx.merging.merge import _plan
+from qlx.merging import check_effect, plan_of, write_merge
 held = mark("VmRSS")
 with Stage() as work:
     opened = open_checkpoint(adapter)
-    plan = _plan(opened, resolve_source(str(base)), None, (None, None), True)
+    plan = plan_of(opened, resolve_source(str(base)), None, None, True, check_codes=False)
     output.mkdir()
     written = write_merge(plan, output)
     assert written.fingerprint == opened.manifest.base.fingerprint

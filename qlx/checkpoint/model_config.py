@@ -44,7 +44,8 @@ _HARMLESS = frozenset(
         "_attn_implementation_autoset",
         "_load_in_4bit",  # bitsandbytes' own, beside the public fields of the same names
         "_load_in_8bit",
-        "_sliding_window_pattern",  # a number of Gemma 3, as transformers saves it
+        "_remove_final_layer_norm",  # a switch of OPT, as transformers saves it
+        "_sliding_window_pattern",  # a number of Gemma 3, likewise
     )
 )
 _NAMES_CODE = frozenset(

@@ -285,16 +285,26 @@ def _planned(
 
 
 def plan_of(
-    adapter: Checkpoint, source: Source, onto: Onto | None, dtype: str | None, recorded: bool
+    adapter: Checkpoint,
+    source: Source,
+    onto: Onto | None,
+    dtype: str | None,
+    recorded: bool,
+    *,
+    check_codes: bool = True,
 ) -> MergePlan:
     """The checked plan for merging `adapter` into `source`; see `merge` for the options.
+
+    Without `check_codes` the base is not quantized now: `write_merge` finds its codes on the way, and
+    whoever calls it compares them with the record.
 
     Raises:
         Mismatch: they do not belong together, or quantizing the base gives other codes.
         Unsupported: the adapter uses a feature that cannot be merged.
     """
     plan = _plan(adapter, source, onto, (dtype, None), recorded)
-    require_codes(plan)
+    if check_codes:
+        require_codes(plan)
     return plan
 
 
