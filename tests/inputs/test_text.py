@@ -6,7 +6,14 @@ import shutil
 import pytest
 
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
-from qlx.inputs import TextCodec, TextExample, load_tokenizer, render_chat, train_tokenizer
+from qlx.inputs import (
+    TextCodec,
+    TextExample,
+    load_tokenizer,
+    render_chat,
+    train_tokenizer,
+    with_tokens,
+)
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 20, "class Ünïcode:\n    '''Doc.'''\n" * 20]
 CHAT = (
@@ -141,3 +148,33 @@ def test_a_configuration_that_is_no_object_is_refused(directory, tmp_path):
     (tmp_path / "copy" / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CorruptCheckpoint, match=r"tokenizer_config\.json: holds a list"):
         TextCodec.from_directory(tmp_path / "copy")
+
+
+def test_new_tokens_come_behind_all_others_and_are_one_token_each(tmp_path):
+    files = train_tokenizer(["some text about tools " * 20], 300)
+    more, ids = with_tokens(files, ("<|tool|>", "<|end_of_tool|>"))
+    count = load(files, tmp_path / "old").get_vocab_size()
+    assert ids == (count, count + 1)
+    old, new = load(files, tmp_path / "old"), load(more, tmp_path / "new")
+    text = "use<|tool|>add<|end_of_tool|> it"
+    encoded = new.encode(text)
+    assert [i for i in encoded.ids if i >= count] == [*ids]
+    assert new.decode(encoded.ids) == text  # no special token, so it is shown
+    assert old.encode("no such token").ids == new.encode("no such token").ids
+    assert old.encode(text).ids != encoded.ids
+    assert with_tokens(files, ()) == (files, ())
+    assert with_tokens(files, ("<|tool|>", "<|end_of_tool|>")) == (more, ids)
+
+
+def test_a_token_of_the_vocabulary_is_not_new(tmp_path):
+    files = train_tokenizer(["some text"], 300)
+    for known in ("<|user|>", "a"):
+        with pytest.raises(InputRefused, match="is in the base's vocabulary already"):
+            with_tokens(files, ("<|tool|>", known))
+
+
+def load(files, directory):
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return load_tokenizer(directory)
