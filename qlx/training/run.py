@@ -140,6 +140,8 @@ def _train(loop: Loop, report: Reporter) -> dict[str, float]:
     trainer, training = loop.trainer, loop.job.recipe.training
     for line in parameter_table(loop.job.model).lines():
         report(line)
+    if training.packing:
+        report(f"packed into {len(trainer.train_dataset):,} rows")
     before = loop.measure()
     report(f"held out, before: {_shown(before.metrics)}")
     step = None
@@ -277,10 +279,11 @@ def _manifest(job: Job, steps: int, found: dict[str, Any]) -> Manifest:
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:
-    """The data section, an absolute path shortened to its last component."""
+    """The data section, absolute paths shortened to their last component."""
     data = recipe.data.model_dump(mode="json")
-    if data["path"] is not None and Path(data["path"]).is_absolute():
-        data["path"] = Path(data["path"]).name
+    for name in ("path", "chat_template"):
+        if data[name] is not None and Path(data[name]).is_absolute():
+            data[name] = Path(data[name]).name
     return data
 
 

@@ -19,6 +19,7 @@ from qlx.recipe import TrainingSection
 from qlx.training.distributed import Process
 from qlx.training.evaluation import HeldOut
 from qlx.training.heatmaps import HeatmapDataset, focal_loss, hold_statistics
+from qlx.training.packing import PackedRows, pack, packed_columns
 from qlx.training.state import (
     collect_state,
     load_optimizer,
@@ -278,13 +279,15 @@ def text_trainer(
     class TextTrainer(StrictTrainer, trl.SFTTrainer):  # type: ignore[name-defined,misc]
         pass
 
-    dataset = datasets.Dataset.from_dict(
-        {"input_ids": [item.ids for item in items], "labels": [item.labels for item in items]}
-    )
+    columns, collator = _columns(items), None
+    if section.packing:
+        columns = packed_columns(pack(items, max_length))
+        collator = PackedRows(tokenizer.pad_token_id)
+    dataset = datasets.Dataset.from_dict(columns)
     arguments = trl.SFTConfig(
         **_arguments(section, work),
         max_length=max_length,
-        packing=False,
+        packing=False,  # TRL's own needs flash attention; ours is in `columns`
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     kept = {
@@ -293,12 +296,20 @@ def text_trainer(
         if value.requires_grad
     }
     trainer = TextTrainer(
-        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        data_collator=collator,
     )
     for name, value in trainer.model.named_parameters():
         if name in kept:
             value.data = kept[name]
     return _quiet(trainer)
+
+
+def _columns(items: Sequence[Encoded]) -> dict[str, list[list[int]]]:
+    return {"input_ids": [item.ids for item in items], "labels": [item.labels for item in items]}
 
 
 def _quiet(trainer: Any) -> Any:

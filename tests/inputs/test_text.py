@@ -1,5 +1,7 @@
 """Tokenizers and chat templates: the same ids and texts as transformers, and what is refused."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 
@@ -81,6 +83,70 @@ def test_labels_hide_the_prompt_only_when_asked(codec):
     assert codec.encode(example, 64, completion_only=False)[1] == ids
 
 
+LONGER = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "Times 2?"},
+    {"role": "assistant", "content": "8"},
+)
+
+
+def learned(codec, labels):
+    """The texts of the stretches that count."""
+    runs = itertools.groupby(labels, key=lambda label: label != -100)
+    return [codec.tokenizer.decode(list(run), skip_special_tokens=False) for on, run in runs if on]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"), [("last", ["8<|end|>"]), ("all", ["4<|end|>", "8<|end|>"])]
+)
+def test_the_last_answer_or_all_are_learned(codec, answers, expected):
+    """Token by token: answers with their ends, and nothing that others say or that marks a turn."""
+    example = TextExample(messages=LONGER)
+    ids, labels = codec.encode(example, 99, completion_only=True, answers=answers)
+    whole = "<|system|>Be brief.<|end|><|user|>2 + 2?<|end|><|assistant|>4<|end|>"
+    whole += "<|user|>Times 2?<|end|><|assistant|>8<|end|>"
+    assert codec.tokenizer.decode(ids, skip_special_tokens=False) == whole
+    assert learned(codec, labels) == expected
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    short, cut = codec.encode(example, 9, completion_only=True, answers=answers)
+    assert (short, cut) == (ids[-9:], labels[-9:])
+
+
+def test_roles_are_told_apart(codec):
+    """The same words said by others are not learned: the check above can fail."""
+    swapped = [{**message, "role": "user"} for message in LONGER[:-1]]
+    example = TextExample(messages=(*swapped, LONGER[-1]))
+    labels = codec.encode(example, 99, completion_only=True, answers="all")[1]
+    assert learned(codec, labels) == ["8<|end|>"]
+
+
+def test_a_template_that_forgets_earlier_answers_can_only_learn_the_last(codec):
+    forgetting = dataclasses.replace(
+        codec,
+        template="{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }};{% endif %}"
+        "{% endfor %}",
+    )
+    example = TextExample(messages=LONGER)
+    labels = forgetting.encode(example, 99, completion_only=True)[1]
+    assert learned(codec, labels) == ["8;"]
+    with pytest.raises(InputRefused, match=r"rewrites.*data\.answers"):
+        forgetting.encode(example, 99, completion_only=True, answers="all")
+
+
+def test_without_a_template_the_default_one_is_used(directory, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    codec = TextCodec.from_directory(tmp_path)
+    assert (
+        codec.chat(CHAT, answer_next=False)
+        == "User: Document this: def f()\nAssistant: Return f.<|end|>"
+    )
+    labels = codec.encode(TextExample(messages=LONGER), 99, completion_only=True, answers="all")[1]
+    assert learned(codec, labels) == ["4<|end|>", "8<|end|>"]
+
+
 def test_too_long_prompt_loses_its_beginning(codec):
     example = TextExample(prompt=TEXTS[0], completion="done")
     prompt, completion = codec.parts(example)
@@ -134,8 +200,6 @@ def test_templates_stay_in_the_sandbox(template, error):
 
 
 def test_template_that_rewrites_the_prompt_is_refused(codec):
-    import dataclasses
-
     rewriting = dataclasses.replace(
         codec, template="{{ messages | length }}{{ messages[-1]['content'] }}"
     )
