@@ -17,7 +17,13 @@ RUNTIME_BYTES = {  # context, kernels, allocator slack (cuda: fitted; cpu: resid
     "cuda": 2.5e9,
     "cpu": 0.6e9,
 }
-OPTIMIZER_BYTES = {"adamw": 8, "adamw-8bit": 2, "sgd": 0}
+OPTIMIZER_BYTES = {  # by training.optimizer; adafactor keeps sums of rows and columns, 4 / rank at most
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "adafactor": 0.25,
+    "sgd": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Setup:
         roles: parts of a layer that get an adapter.
         tokens, batch: sequence length T and sequences B of one step on one device.
         checkpointing: activations are recomputed layer by layer in the backward pass.
-        optimizer: "adamw" (two fp32 moments), "adamw-8bit" or "sgd".
+        optimizer: a recipe's `training.optimizer`: "adamw" keeps two fp32 moments.
         compute_bytes: width of activations and of unquantized weights, 2 (bf16, fp16) or 4 (fp32).
         trained_bytes: bytes kept per trained parameter: 4 (fp32), or 6 (bf16 and an fp32 master).
         attention_scores: the T × T scores are stored (no fused attention kernel).

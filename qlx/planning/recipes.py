@@ -134,6 +134,7 @@ def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
         tokens=recipe.data.max_length,
         batch=training.batch_size,
         checkpointing=training.gradient_checkpointing,
+        optimizer=training.optimizer,
         compute_bytes=_WIDTH[dtype],
         device=device,
     )

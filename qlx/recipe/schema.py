@@ -34,6 +34,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
 
 
 def _regular_expression(text: str) -> str:
@@ -338,6 +339,7 @@ class TrainingSection(_Section):
     batch_size: Positive = 16
     gradient_accumulation: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    optimizer: Optimizer = "adamw"
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -350,6 +352,7 @@ class TrainingSection(_Section):
     eval_every: Positive | None = None
     early_stopping_patience: Positive | None = None
     keep_best: bool = True
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: Seed = 0
 
     @model_validator(mode="after")

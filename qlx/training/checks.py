@@ -32,7 +32,9 @@ from qlx.models import (
 from qlx.recipe import Recipe
 from qlx.training.job import base_quantization, new_head, quant_spec, starts_from_vit
 from qlx.training.material import frame_preprocessor, given_template
+from qlx.training.progress import check_reporting
 from qlx.training.tags import tag_of
+from qlx.training.trainers import check_optimizer
 from qlx.weights import open_weights
 
 __all__ = ["DryRun", "check"]
@@ -77,8 +79,11 @@ def check(recipe: Recipe) -> DryRun:
 
     Raises:
         InputRefused: the data are missing, the base is not a model, or a tokenizer is missing.
-        Unsupported: the architecture is not known, or a module name matches nothing.
+        Unsupported: the architecture is not known, a module name matches nothing, or the optimizer needs a GPU.
+        MissingExtra: something that the recipe asks for is not installed.
     """
+    check_optimizer(recipe.training)
+    check_reporting(recipe.training)
     train, held_out = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
     source = _local_base(recipe)
     found = recipe.base.path is None or source is not None

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from qlx.checkpoint import Task
-from qlx.errors import CheckFailed, require
+from qlx.errors import CheckFailed, Unsupported, require
 from qlx.inputs import Encoded, ImagePreprocessor, ImageSplit
 from qlx.recipe import TrainingSection
 from qlx.training.distributed import Process
@@ -33,6 +33,7 @@ __all__ = [
     "EpochSampler",
     "ImageDataset",
     "StrictTrainer",
+    "check_optimizer",
     "heatmap_trainer",
     "image_trainer",
     "text_trainer",
@@ -183,6 +184,31 @@ class StrictTrainer:
         """No gradient scaler is used."""
 
 
+_OPTIMIZERS = {"adamw": "adamw_torch"}
+"""The optimizers of recipes that transformers calls by another name."""
+
+
+def check_optimizer(section: TrainingSection, *, sharded: bool = False) -> None:
+    """Check that this machine and a model in shards can do with a recipe's optimizer.
+
+    Raises:
+        Unsupported: they cannot.
+        MissingExtra: it is bitsandbytes' own, which is not installed.
+    """
+    name = section.optimizer
+    if name.endswith("_8bit"):
+        require("bitsandbytes", "train")
+    if name.startswith("paged") and not torch.cuda.is_available():
+        raise Unsupported(
+            f"training.optimizer: {name} keeps its state on the GPU's pages and this machine has no GPU; "
+            f"choose {name.removeprefix('paged_')} or adamw"
+        )
+    if sharded and name not in ("adamw", "sgd"):
+        raise Unsupported(
+            f"training.optimizer: {name} does not work on shards; choose adamw or sgd, or train without --shard"
+        )
+
+
 def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
     """The recipe's training section as keyword arguments of transformers' `TrainingArguments`."""
     return {
@@ -204,13 +230,13 @@ def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": section.save_every,
         "seed": section.seed,
-        "optim": "adamw_torch",
+        "optim": _OPTIMIZERS.get(section.optimizer, section.optimizer),
         "bf16": False,
         "fp16": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
-        "report_to": [],
+        "report_to": [],  # `reporting_callbacks` knows where to
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,  # every trainable parameter has a part in the loss
         **_checkpointing(section),
