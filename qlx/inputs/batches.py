@@ -108,7 +108,5 @@ def eval_batches(
         return
     codec = TextCodec.from_directory(directory)
     limit = data.eval_limit if split == "eval" else data.train_limit
-    items = encode_split(
-        loaded, codec, data.max_length, completion_only=completion_only, limit=limit
-    )
+    items = encode_split(loaded, codec, data, completion_only=completion_only, limit=limit)
     yield from text_batches(items, codec.pad_id, size)

@@ -205,7 +205,7 @@ def _part(examples: list[TextExample], data: DataSection, split: Split) -> tuple
 def encode_split(
     split: TextSplit,
     codec: TextCodec,
-    max_length: int,
+    data: DataSection,
     *,
     completion_only: bool,
     limit: int | None = None,
@@ -213,27 +213,30 @@ def encode_split(
     """Token ids and labels of a split: plain texts are joined and cut into blocks, others stay apart.
 
     Raises:
-        InputRefused: nothing is left to learn from, because `max_length` is too small for every text.
+        InputRefused: nothing is left to learn from, because `data.max_length` is too small for every text.
     """
     encoded: list[Encoded] = []
-    for item in _encode(split.examples, codec, max_length, completion_only):
+    for item in _encode(split.examples, codec, data, completion_only):
         if len(encoded) == limit:
             break
         encoded.append(item)
     if not encoded:
         raise InputRefused(
-            f"no text of the data fills or fits data.max_length {max_length}; lower it or give more text"
+            f"no text of the data fills or fits data.max_length {data.max_length}; lower it or give more text"
         )
     return encoded
 
 
 def _encode(
-    examples: Sequence[TextExample], codec: TextCodec, max_length: int, completion_only: bool
+    examples: Sequence[TextExample], codec: TextCodec, data: DataSection, completion_only: bool
 ) -> Iterator[Encoded]:
     pending: list[int] = []
+    max_length = data.max_length
     for example in examples:
         if example.prompt or example.messages:
-            ids, labels = codec.encode(example, max_length, completion_only=completion_only)
+            ids, labels = codec.encode(
+                example, max_length, completion_only=completion_only, answers=data.answers
+            )
             yield Encoded(ids, labels)
             continue
         pending += codec.parts(example)[1]

@@ -7,7 +7,7 @@ there or in `chat_template.jinja`, the chat template.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlx.checkpoint import canonical_json, load_object
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, require
@@ -40,6 +40,11 @@ PAD, END = "<|pad|>", "<|end|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 IGNORED = -100
 """The label of a position that does not count."""
+
+Answers = Literal["last", "all"]
+"""Which of the assistant's messages in a chat are learned."""
+
+_REWRITES = "the chat template rewrites earlier messages, so the answer cannot be told apart; "
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -143,29 +148,63 @@ class TextCodec:
         prompt = self.chat(example.messages[:-1], answer_next=True)
         whole = self.chat(example.messages, answer_next=False)
         if not whole.startswith(prompt):
-            raise InputRefused(
-                "the chat template rewrites earlier messages, so the answer cannot be told apart; "
-                "give prompt and completion instead"
-            )
-        answer = self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False).ids
-        return self.tokenizer.encode(prompt, add_special_tokens=False).ids, answer
+            raise InputRefused(_REWRITES + "give prompt and completion instead")
+        return self._ids(prompt), self._ids(whole[len(prompt) :])
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _earlier_answers(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """The prompt of a chat, and its labels: the answers in it, each with what ends it.
+
+        An answer's tokens stand apart from those before it, as the model that makes it will see them.
+
+        Raises:
+            InputRefused: the chat template changes what it wrote when a message is added.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        seen = ""
+        for at in [at for at, message in enumerate(messages) if message["role"] == "assistant"]:
+            question = self.chat(messages[:at], answer_next=True)
+            answer = self.chat(messages[: at + 1], answer_next=False)
+            if not (question.startswith(seen) and answer.startswith(question)):
+                raise InputRefused(_REWRITES + "leave out data.answers")
+            asked = self._ids(question[len(seen) :])
+            ids += asked
+            labels += [IGNORED] * len(asked)
+            if at < len(messages) - 1:
+                said = self._ids(answer[len(question) :])
+                ids += said
+                labels += said
+            seen = answer
+        return ids, labels
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self.end_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def encode(
-        self, example: TextExample, max_length: int, *, completion_only: bool
+        self,
+        example: TextExample,
+        max_length: int,
+        *,
+        completion_only: bool,
+        answers: Answers = "last",
     ) -> tuple[list[int], list[int]]:
         """Ids and labels of one example; the prompt loses its beginning if both do not fit.
 
-        Labels are -100 on the prompt when `completion_only`, else equal to the ids.
+        Labels are -100 on the prompt when `completion_only`, else equal to the ids; with `all` answers those
+        that the assistant gave earlier in a chat keep theirs.
         """
         prompt, completion = self.parts(example)
+        hidden = [IGNORED] * len(prompt) if completion_only else prompt
+        if completion_only and example.messages and answers == "all":
+            prompt, hidden = self._earlier_answers(example.messages)
         completion = completion[:max_length]
         room = max_length - len(completion)
-        prompt = prompt[-room:] if room else []
-        hidden = [IGNORED] * len(prompt) if completion_only else prompt
+        prompt, hidden = (prompt[-room:], hidden[-room:]) if room else ([], [])
         return [*prompt, *completion], [*hidden, *completion]
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -17,7 +17,13 @@ RUNTIME_BYTES = {  # context, kernels, allocator slack (cuda: fitted; cpu: resid
     "cuda": 2.5e9,
     "cpu": 0.6e9,
 }
-OPTIMIZER_BYTES = {"adamw": 8, "adamw-8bit": 2, "sgd": 0}
+OPTIMIZER_BYTES = {  # by training.optimizer; adafactor keeps sums of rows and columns, 4 / rank at most
+    "adamw": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "adafactor": 0.25,
+    "sgd": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,11 @@ class Setup:
     Attributes:
         weights: storage of the linear weights.
         rank: rank of the adapter; 0 trains all parameters.
+        adapter: "lora", "pissa" (a frozen half beside the trained one) or "vera".
         roles: parts of a layer that get an adapter.
         tokens, batch: sequence length T and sequences B of one step on one device.
         checkpointing: activations are recomputed layer by layer in the backward pass.
-        optimizer: "adamw" (two fp32 moments), "adamw-8bit" or "sgd".
+        optimizer: a recipe's `training.optimizer`: "adamw" keeps two fp32 moments.
         compute_bytes: width of activations and of unquantized weights, 2 (bf16, fp16) or 4 (fp32).
         trained_bytes: bytes kept per trained parameter: 4 (fp32), or 6 (bf16 and an fp32 master).
         attention_scores: the T × T scores are stored (no fused attention kernel).
@@ -87,6 +94,7 @@ class Setup:
 
     weights: WeightFormat = field(default_factory=lambda: weight_format("nf4", double_quant=True))
     rank: int = 16
+    adapter: str = "lora"
     roles: tuple[str, ...] = ATTENTION
     tokens: int = 2048
     batch: int = 1
@@ -168,10 +176,18 @@ def activation_bytes(shape: Shape, setup: Setup) -> float:
     return shape.layers * layer + outputs
 
 
+def adapter_parameters(shape: Shape, setup: Setup) -> tuple[int, int]:
+    """Parameters of the adapter that are trained, and fp32 ones of it that are frozen."""
+    if setup.adapter == "vera":
+        return shape.vera_parameters(setup.rank, setup.roles)
+    trained = shape.adapter_parameters(setup.rank, setup.roles)
+    return trained, trained if setup.adapter == "pissa" else 0
+
+
 def plan_shape(shape: Shape, setup: Setup) -> Plan:
     """The plan of training `shape` as `setup` says."""
     full = setup.rank == 0
-    trained = shape.parameters if full else shape.adapter_parameters(setup.rank, setup.roles)
+    trained, beside = (shape.parameters, 0) if full else adapter_parameters(shape, setup)
     frozen_linear = 0 if full else shape.linear_parameters
     frozen_other = 0 if full else shape.other_parameters
     largest = max(d_in * d_out for d_in, d_out in shape.linears.values())
@@ -181,7 +197,7 @@ def plan_shape(shape: Shape, setup: Setup) -> Plan:
     parts = Parts(
         weights=kept if full else frozen,
         constants=frozen_linear * setup.weights.constant_bytes,
-        adapter=0 if full else kept,
+        adapter=0 if full else kept + beside * 4,
         gradients=trained * 4,
         optimizer=trained * OPTIMIZER_BYTES[setup.optimizer],
         activations=activation_bytes(shape, setup),

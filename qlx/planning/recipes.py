@@ -15,7 +15,7 @@ from qlx.planning.shapes import (
     roles_of,
     shape_from_config,
 )
-from qlx.recipe import Recipe
+from qlx.recipe import AdapterSection, Recipe
 from qlx.recipe.schema import ArchitectureSection, BaseSection
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -98,6 +98,12 @@ def _scratch_shape(section: ArchitectureSection) -> Shape:
     return shape_from_config(config, f"{section.model_type} from scratch")
 
 
+def _kind(adapter: AdapterSection | None) -> str:
+    if adapter is None or adapter.type == "vera":
+        return "lora" if adapter is None else "vera"
+    return "pissa" if adapter.initialisation == "pissa" else "lora"
+
+
 def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
     """What the recipe's sections say about memory.
 
@@ -123,10 +129,12 @@ def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
     return Setup(
         weights=weights,
         rank=adapter.rank if adapter else 0,
+        adapter=_kind(adapter),
         roles=roles,
         tokens=recipe.data.max_length,
         batch=training.batch_size,
         checkpointing=training.gradient_checkpointing,
+        optimizer=training.optimizer,
         compute_bytes=_WIDTH[dtype],
         device=device,
     )

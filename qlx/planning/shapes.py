@@ -97,6 +97,15 @@ class Shape:
         """Parameters of LoRA at `rank` on `roles`: Σ r (d_in + d_out) (Hu et al. 2021, §4.2)."""
         return self.layers * sum(rank * sum(self.linears[r]) for r in roles if r in self.linears)
 
+    def vera_parameters(self, rank: int, roles: tuple[str, ...]) -> tuple[int, int]:
+        """Parameters of VeRA that are trained, Σ (r + d_out), and those that all layers share.
+
+        Kopiczko et al. 2024, §3.2; the shared matrices are as large as the largest of them needs.
+        """
+        sizes = [self.linears[role] for role in roles if role in self.linears]
+        trained = self.layers * sum(rank + outputs for _, outputs in sizes)
+        return trained, rank * sum(max(sides, default=0) for sides in zip(*sizes, strict=True))
+
 
 def roles_of(targets: tuple[str, ...]) -> tuple[str, ...]:
     """The parts of a layer that target module names stand for, each once.

@@ -34,6 +34,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
 
 
 def _regular_expression(text: str) -> str:
@@ -151,6 +152,9 @@ class DataSection(_Section):
     (jsonl, csv or parquet with prompt/completion, messages or text columns), `tracknet` (video frames with the
     place of a ball, `game*/Clip*/Label.csv`; held out clip by clip).
 
+    Of messages, `answers` says which of the assistant's are learned; `chat_template` is a file with the Jinja template
+    that turns them into text, in place of the tokenizer's own.
+
     For `tracknet`: `frames` is how many consecutive frames the model sees, the labelled one last; `sigma` the
     standard deviation of the Gaussian it learns, in cells of the heatmap.
     """
@@ -162,6 +166,8 @@ class DataSection(_Section):
     eval_limit: Positive | None = None
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_length: Positive = 128
+    chat_template: str | None = None
+    answers: Literal["last", "all"] = "last"
     frames: Literal[1, 3] = 1
     sigma: Annotated[float, Field(gt=0, le=16)] = 1.0
     seed: Seed = 0
@@ -176,6 +182,8 @@ class DataSection(_Section):
             raise ValueError("variant is for source 'digits' only")
         if (self.frames, self.sigma) != (1, 1.0) and self.source != "tracknet":
             raise ValueError("frames and sigma are for source 'tracknet' only")
+        if (self.chat_template, self.answers) != (None, "last") and self.task != "causal-lm":
+            raise ValueError("chat_template and answers are for texts only")
         return self
 
     @property
@@ -331,17 +339,20 @@ class TrainingSection(_Section):
     batch_size: Positive = 16
     gradient_accumulation: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    optimizer: Optimizer = "adamw"
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     gradient_checkpointing: bool = False
+    packing: bool = False
     completion_only: bool = True
     log_every: Positive = 10
     save_every: Positive = 200
     eval_every: Positive | None = None
     early_stopping_patience: Positive | None = None
     keep_best: bool = True
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -395,6 +406,10 @@ class Recipe(_Section):
             raise ValueError(
                 "keep_lm_head_fp16 is about the merged language model; set merge_after_train, or leave it out"
             )
+        if self.training.packing and self.task != "causal-lm":
+            raise misfit("training.packing", "joins texts; it is for task 'causal-lm'")
+        if self.data.answers == "all" and not self.training.completion_only:
+            raise misfit("data.answers", "has no effect where training.completion_only is false")
         if self.data.task != self.task:
             raise ValueError(f"data.source {self.data.source!r} does not fit task {self.task!r}")
         scratch = self.base.from_scratch

@@ -1,6 +1,6 @@
 """`qlx train --dry-run`: everything about a recipe that can be checked without loading weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from qlx.inputs import (
     KeypointSplit,
     Loaded,
     TextCodec,
+    TextSplit,
     load_split,
     with_tokens,
 )
@@ -30,8 +31,10 @@ from qlx.models import (
 )
 from qlx.recipe import Recipe
 from qlx.training.job import base_quantization, new_head, quant_spec, starts_from_vit
-from qlx.training.material import frame_preprocessor
+from qlx.training.material import frame_preprocessor, given_template
+from qlx.training.progress import check_reporting
 from qlx.training.tags import tag_of
+from qlx.training.trainers import check_optimizer
 from qlx.weights import open_weights
 
 __all__ = ["DryRun", "check"]
@@ -76,8 +79,11 @@ def check(recipe: Recipe) -> DryRun:
 
     Raises:
         InputRefused: the data are missing, the base is not a model, or a tokenizer is missing.
-        Unsupported: the architecture is not known, or a module name matches nothing.
+        Unsupported: the architecture is not known, a module name matches nothing, or the optimizer needs a GPU.
+        MissingExtra: something that the recipe asks for is not installed.
     """
+    check_optimizer(recipe.training)
+    check_reporting(recipe.training)
     train, held_out = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
     source = _local_base(recipe)
     found = recipe.base.path is None or source is not None
@@ -172,12 +178,20 @@ def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
             return auto_class(recipe.task).from_config(config)
     assert base is not None
     read_config(base, recipe.task)
-    if labels is None:
-        TextCodec.from_directory(base)
+    if isinstance(train, TextSplit):
+        _check_template(recipe, TextCodec.from_directory(base), train)
     elif isinstance(train, KeypointSplit):
         frame_preprocessor(recipe, base)
-        new_head(recipe, labels, base)
     else:
         ImagePreprocessor.from_directory(base)
+    if labels is not None:
         new_head(recipe, labels, base)
     return empty_model(base, recipe.task)
+
+
+def _check_template(recipe: Recipe, codec: TextCodec, train: TextSplit) -> None:
+    """Let the chat template, the recipe's or the base's, write the first example."""
+    for content in given_template(recipe).values():
+        codec = replace(codec, template=content.decode())
+    data, only = recipe.data, recipe.training.completion_only
+    codec.encode(train.examples[0], data.max_length, completion_only=only, answers=data.answers)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlx.errors import Mismatch, require
+from qlx.errors import InputRefused, Mismatch, require
 from qlx.inputs import (
     PREPROCESSOR_FILE,
     TEMPLATE_FILE,
@@ -39,6 +39,7 @@ __all__ = [
     "Material",
     "TextMaterial",
     "frame_preprocessor",
+    "given_template",
     "load_material",
 ]
 
@@ -185,11 +186,9 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
     codec = _codec(files, work)
     data, only = recipe.data, recipe.training.completion_only
     return TextMaterial(
-        train=encode_split(
-            train, codec, data.max_length, completion_only=only, limit=data.train_limit
-        ),
+        train=encode_split(train, codec, data, completion_only=only, limit=data.train_limit),
         evaluation=encode_split(
-            evaluation, codec, data.max_length, completion_only=only, limit=data.eval_limit
+            evaluation, codec, data, completion_only=only, limit=data.eval_limit
         ),
         codec=codec,
         files=files,
@@ -235,15 +234,32 @@ def frame_preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
 
 
 def _tokenizer_files(recipe: Recipe, base: Path | None, train: TextSplit) -> dict[str, bytes]:
+    given = given_template(recipe)
     if base is not None:
         wanted = (*TOKENIZER_FILES, GENERATION_FILE)
         files = {name: (base / name).read_bytes() for name in wanted if (base / name).is_file()}
         if any(example.messages for example in train.examples[:1]):
             files.setdefault(TEMPLATE_FILE, TextCodec.from_directory(base).template.encode())
-        return files
+        return files | given
     section = recipe.base.from_scratch
     assert section is not None
-    return train_tokenizer((_all_text(example) for example in train.examples), section.vocab_size)
+    texts = (_all_text(example) for example in train.examples)
+    return train_tokenizer(texts, section.vocab_size) | given
+
+
+def given_template(recipe: Recipe) -> dict[str, bytes]:
+    """The recipe's own chat template as the file that it becomes; empty without one.
+
+    Raises:
+        InputRefused: it cannot be read.
+    """
+    if recipe.data.chat_template is None:
+        return {}
+    path = Path(recipe.data.chat_template)
+    try:
+        return {TEMPLATE_FILE: path.read_text("utf-8").encode()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputRefused(f"data.chat_template: {path} cannot be read ({error})") from error
 
 
 def _all_text(example: Any) -> str:

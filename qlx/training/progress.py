@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from qlx.errors import require
+from qlx.recipe import TrainingSection
 
 __all__ = [
     "EVALUATED",
     "METRICS_FILE",
     "Reporter",
+    "check_reporting",
     "memory",
     "metrics_callback",
     "progress_callback",
     "read_metrics",
+    "reporting_callbacks",
 ]
 
 METRICS_FILE = "metrics.jsonl"
@@ -135,6 +138,46 @@ def progress_callback(report: Reporter) -> Any:
                 report(f"step {step}/{last}  held out: {', '.join(scores)}")
 
     return Lines()
+
+
+def reporting_callbacks(section: TrainingSection, output: Path) -> list[Any]:
+    """Transformers' callbacks for TensorBoard and Weights & Biases, as a recipe asks for them.
+
+    TensorBoard's files go to `<output>-tensorboard`, into a directory of their own with each call. Nothing is
+    sent to Weights & Biases unless the environment says so (WANDB_MODE=online): its files go to `<output>-wandb`.
+
+    Raises:
+        MissingExtra: what writes them is not installed.
+    """
+    check_reporting(section)
+    integrations = require("transformers.integrations", "train")
+    callbacks = []
+    if "tensorboard" in section.report_to:
+        writers = require("torch.utils.tensorboard", "tensorboard")
+        started = time.strftime("%Y-%m-%dT%H-%M-%S")
+        writer = writers.SummaryWriter(log_dir=str(_beside(output, "tensorboard") / started))
+        callbacks.append(integrations.TensorBoardCallback(writer))
+    if "wandb" in section.report_to:
+        place = _beside(output, "wandb")
+        place.mkdir(parents=True, exist_ok=True)
+        for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(place)}.items():
+            os.environ.setdefault(name, value)
+        callbacks.append(integrations.WandbCallback())
+    return callbacks
+
+
+def check_reporting(section: TrainingSection) -> None:
+    """Check that what a recipe reports to is installed.
+
+    Raises:
+        MissingExtra: it is not.
+    """
+    for name in section.report_to:
+        require(name, name)
+
+
+def _beside(output: Path, what: str) -> Path:
+    return output.with_name(f"{output.name}-{what}")
 
 
 def _memory_text() -> str:

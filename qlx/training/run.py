@@ -37,15 +37,18 @@ from qlx.training.material import ImageMaterial, KeypointMaterial
 from qlx.training.progress import (
     METRICS_FILE,
     Reporter,
+    check_reporting,
     metrics_callback,
     progress_callback,
     read_metrics,
+    reporting_callbacks,
 )
 from qlx.training.report import RunSummary, Sample, write_report
 from qlx.training.samples import image_samples, keypoint_samples, text_samples
 from qlx.training.state import TRAINER_STATE_FILE, require_recipe, write_optimizer
 from qlx.training.tags import tag_of
 from qlx.training.trainable import parameter_table
+from qlx.training.trainers import check_optimizer
 from qlx.training.work import STATE, check_places, work_directory, working
 from qlx.weights import SINGLE_FILE, write_tensors
 
@@ -96,6 +99,8 @@ def train(
         "torch" if packed == "qlx" else packed,
     ):
         require(module, "train")
+    check_optimizer(recipe.training, sharded=shard)
+    check_reporting(recipe.training)
     output, process = Path(output), join_processes()
     if shard and process.count == 1:
         raise UsageError("--shard divides the model among processes; give --nproc 2 or more")
@@ -108,6 +113,8 @@ def train(
         process.wait()
         job = prepare(recipe, work, report)
         loop = Loop(job, process, work, work / STATE, shard=shard)
+        for callback in reporting_callbacks(recipe.training, output):
+            loop.trainer.add_callback(callback)
         before = _train(loop, report)
         ended = loop.end()
         with new_checkpoint(output, force=force) as staging:
@@ -140,6 +147,8 @@ def _train(loop: Loop, report: Reporter) -> dict[str, float]:
     trainer, training = loop.trainer, loop.job.recipe.training
     for line in parameter_table(loop.job.model).lines():
         report(line)
+    if training.packing:
+        report(f"packed into {len(trainer.train_dataset):,} rows")
     before = loop.measure()
     report(f"held out, before: {_shown(before.metrics)}")
     step = None
@@ -277,10 +286,11 @@ def _manifest(job: Job, steps: int, found: dict[str, Any]) -> Manifest:
 
 
 def _portable(recipe: Recipe) -> dict[str, Any]:
-    """The data section, an absolute path shortened to its last component."""
+    """The data section, absolute paths shortened to their last component."""
     data = recipe.data.model_dump(mode="json")
-    if data["path"] is not None and Path(data["path"]).is_absolute():
-        data["path"] = Path(data["path"]).name
+    for name in ("path", "chat_template"):
+        if data[name] is not None and Path(data[name]).is_absolute():
+            data[name] = Path(data[name]).name
     return data
 
 

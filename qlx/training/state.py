@@ -207,7 +207,7 @@ def _optimizer_content(
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        for key, value in _flat(values):
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{key}"] = _whole(value)
             else:
@@ -217,6 +217,12 @@ def _optimizer_content(
         "scalars": scalars,
         "schedule": _plain(scheduler.state_dict(), "schedule"),
     }
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a parameter's state; bitsandbytes puts some of them into a mapping inside, and reads both."""
+    for key, value in values.items():
+        yield from _flat(value) if isinstance(value, Mapping) else [(key, value)]
 
 
 def _plain(value: Any, what: str) -> Any:

@@ -13,12 +13,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from qlx.checkpoint import Task
-from qlx.errors import CheckFailed, require
+from qlx.errors import CheckFailed, Unsupported, require
 from qlx.inputs import Encoded, ImagePreprocessor, ImageSplit
 from qlx.recipe import TrainingSection
 from qlx.training.distributed import Process
 from qlx.training.evaluation import HeldOut
 from qlx.training.heatmaps import HeatmapDataset, focal_loss, hold_statistics
+from qlx.training.packing import PackedRows, pack, packed_columns
 from qlx.training.state import (
     collect_state,
     load_optimizer,
@@ -32,6 +33,7 @@ __all__ = [
     "EpochSampler",
     "ImageDataset",
     "StrictTrainer",
+    "check_optimizer",
     "heatmap_trainer",
     "image_trainer",
     "text_trainer",
@@ -182,6 +184,31 @@ class StrictTrainer:
         """No gradient scaler is used."""
 
 
+_OPTIMIZERS = {"adamw": "adamw_torch"}
+"""The optimizers of recipes that transformers calls by another name."""
+
+
+def check_optimizer(section: TrainingSection, *, sharded: bool = False) -> None:
+    """Check that this machine and a model in shards can do with a recipe's optimizer.
+
+    Raises:
+        Unsupported: they cannot.
+        MissingExtra: it is bitsandbytes' own, which is not installed.
+    """
+    name = section.optimizer
+    if name.endswith("_8bit"):
+        require("bitsandbytes", "train")
+    if name.startswith("paged") and not torch.cuda.is_available():
+        raise Unsupported(
+            f"training.optimizer: {name} keeps its state on the GPU's pages and this machine has no GPU; "
+            f"choose {name.removeprefix('paged_')} or adamw"
+        )
+    if sharded and name not in ("adamw", "sgd"):
+        raise Unsupported(
+            f"training.optimizer: {name} does not work on shards; choose adamw or sgd, or train without --shard"
+        )
+
+
 def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
     """The recipe's training section as keyword arguments of transformers' `TrainingArguments`."""
     return {
@@ -203,13 +230,13 @@ def _arguments(section: TrainingSection, work: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": section.save_every,
         "seed": section.seed,
-        "optim": "adamw_torch",
+        "optim": _OPTIMIZERS.get(section.optimizer, section.optimizer),
         "bf16": False,
         "fp16": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
-        "report_to": [],
+        "report_to": [],  # `reporting_callbacks` knows where to
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,  # every trainable parameter has a part in the loss
         **_checkpointing(section),
@@ -278,13 +305,15 @@ def text_trainer(
     class TextTrainer(StrictTrainer, trl.SFTTrainer):  # type: ignore[name-defined,misc]
         pass
 
-    dataset = datasets.Dataset.from_dict(
-        {"input_ids": [item.ids for item in items], "labels": [item.labels for item in items]}
-    )
+    columns, collator = _columns(items), None
+    if section.packing:
+        columns = packed_columns(pack(items, max_length))
+        collator = PackedRows(tokenizer.pad_token_id)
+    dataset = datasets.Dataset.from_dict(columns)
     arguments = trl.SFTConfig(
         **_arguments(section, work),
         max_length=max_length,
-        packing=False,
+        packing=False,  # TRL's own needs flash attention; ours is in `columns`
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     kept = {
@@ -293,12 +322,20 @@ def text_trainer(
         if value.requires_grad
     }
     trainer = TextTrainer(
-        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        data_collator=collator,
     )
     for name, value in trainer.model.named_parameters():
         if name in kept:
             value.data = kept[name]
     return _quiet(trainer)
+
+
+def _columns(items: Sequence[Encoded]) -> dict[str, list[list[int]]]:
+    return {"input_ids": [item.ids for item in items], "labels": [item.labels for item in items]}
 
 
 def _quiet(trainer: Any) -> Any:

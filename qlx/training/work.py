@@ -39,7 +39,7 @@ def check_places(
     Raises:
         UsageError: see `check_output`; or what lies in the state's place is no training's.
     """
-    read = (recipe.base.path, recipe.data.path, *inputs)
+    read = (recipe.base.path, recipe.data.path, recipe.data.chat_template, *inputs)
     check_output(output, read, force=force)
     work = work_directory(output)
     check_apart(work, read)

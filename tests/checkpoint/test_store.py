@@ -230,3 +230,14 @@ def test_every_byte_counts_in_a_digest_by_tensors(weights):
 def test_the_rule_is_not_written_down(weights):
     assert FileEntry(size=1, sha256="0" * 64).model_dump() == {"size": 1, "sha256": "0" * 64}
     assert weights[1].model_dump()["of"] == "tensors"
+
+
+def test_what_an_adapter_rarely_has_is_written_only_where_it_says_something():
+    rare = {"initialized": "pissa", "trained_rank": 4, "new_tokens": ["<a>"]}
+    plain = AdapterSpec(rank=8).model_dump(mode="json")
+    assert not rare.keys() & plain.keys()
+    full = AdapterSpec.model_validate({**plain, **rare})
+    assert full.model_dump(mode="json") == {**plain, **rare}
+    assert AdapterSpec.model_validate(full.model_dump(mode="json")) == full
+    with pytest.raises(ValueError, match="initialized"):
+        AdapterSpec.model_validate({**plain, "initialized": "otherwise"})

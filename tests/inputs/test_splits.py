@@ -64,10 +64,9 @@ def test_shifted_copies_of_held_out_digits_are_not_trained_on():
 
 def test_limits_apply(codec):
     assert len(load_split(section(source="digits", train_limit=7), "train")) == 7
-    data = section(source="python-docstrings")
-    assert (
-        len(encode_split(load_split(data, "train"), codec, 64, completion_only=True, limit=5)) == 5
-    )
+    data = section(source="python-docstrings", max_length=64)
+    items = encode_split(load_split(data, "train"), codec, data, completion_only=True, limit=5)
+    assert len(items) == 5
 
 
 def test_docstrings_are_instruction_pairs():
@@ -85,9 +84,9 @@ def test_docstrings_are_instruction_pairs():
 
 
 def test_plain_text_is_cut_into_full_blocks(codec):
-    data = section(source="python-text")
+    data = section(source="python-text", max_length=50)
     split = load_split(data, "eval")
-    items = encode_split(split, codec, 50, completion_only=True, limit=20)
+    items = encode_split(split, codec, data, completion_only=True, limit=20)
     assert {len(item.ids) for item in items} == {50}
     joined = codec.tokenizer.encode(split.examples[0].completion).ids
     assert items[0].ids == items[0].labels == joined[:50]
@@ -120,8 +119,8 @@ def test_user_files_hold_the_same_examples(suffix, tmp_path):
 def test_messages_and_text_columns(tmp_path, codec):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(4)))
-    train = load_split(section(source="text", path=str(path)), "train")
-    item = encode_split(train, codec, 64, completion_only=True)[0]
+    data = section(source="text", path=str(path), max_length=64)
+    item = encode_split(load_split(data, "train"), codec, data, completion_only=True)[0]
     assert (
         codec.decode(
             [token for token, label in zip(item.ids, item.labels, strict=True) if label != -100]
@@ -129,17 +128,8 @@ def test_messages_and_text_columns(tmp_path, codec):
         == "hello"
     )
     path.write_text("\n".join(json.dumps({"text": "a" * 40}) for _ in range(4)))
-    assert (
-        len(
-            encode_split(
-                load_split(section(source="text", path=str(path)), "train"),
-                codec,
-                30,
-                completion_only=True,
-            )
-        )
-        == 5
-    )
+    data = section(source="text", path=str(path), max_length=30)
+    assert len(encode_split(load_split(data, "train"), codec, data, completion_only=True)) == 5
 
 
 @pytest.mark.parametrize(

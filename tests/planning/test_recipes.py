@@ -57,6 +57,22 @@ def test_a_changed_field_changes_its_part(recipe_file, override, part, larger):
     assert after != before
 
 
+def test_every_kind_of_adapter_is_counted_as_it_is_trained(recipe_file):
+    lora, pissa, vera = (
+        plan_recipe(load_recipe(recipe_file, overrides))
+        for overrides in (
+            [],
+            ["adapter.init_lora_weights=pissa_niter_4"],
+            ["adapter.type=vera", "adapter.rank=64"],
+        )
+    )
+    assert pissa.trained_parameters == lora.trained_parameters
+    assert pissa.parts.adapter == 2 * lora.parts.adapter  # its frozen half
+    assert pissa.parts.optimizer == lora.parts.optimizer
+    assert vera.trained_parameters == 2 * ((64 + 128) + (64 + 64))
+    assert vera.parts.adapter == 4 * (vera.trained_parameters + 64 * (128 + 128))
+
+
 def _compressed(bits, group_size):
     weights = {"num_bits": bits, "group_size": group_size}
     return {

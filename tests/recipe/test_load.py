@@ -1,11 +1,12 @@
 """Recipes: strict YAML, typed fields, and errors that name file, line and field."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from qlx.errors import RecipeError
-from qlx.recipe import load_recipe
+from qlx.recipe import Recipe, load_recipe
 
 TEXT = """\
 name: digits-qlora
@@ -131,3 +132,83 @@ def test_a_pattern_that_is_no_regular_expression_is_named(tmp_path: Path, field:
         RecipeError, match=rf"line 7: adapter\.{field}.*'\('.*no regular expression"
     ):
         load_recipe(path)
+
+
+LANGUAGE = TEXT.replace("image-classification", "causal-lm").replace(
+    "{source: digits, variant: shifted}", "{source: python-docstrings}"
+)
+PLAIN = LANGUAGE.replace("quantization:\n  quant_type: nf4\n", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "message"),
+    [
+        (TEXT, "init_lora_weights: pisa", "should be 'default', 'gaussian', 'pissa' or 'loftq' or"),
+        (
+            TEXT,
+            "init_lora_weights: false",
+            "should be 'default', 'gaussian', 'pissa' or 'loftq' or",
+        ),
+        (TEXT, "init_lora_weights: pissa_niter_0", "should be 'default', 'gaussian', 'pissa' or"),
+        (TEXT, "init_lora_weights: pissa, use_dora: true", "pissa does not work with use_dora"),
+        (TEXT, "init_lora_weights: loftq, use_dora: true", "loftq does not work with use_dora"),
+        (PLAIN, "init_lora_weights: loftq", "loftq makes up for what quantization takes"),
+        (TEXT, "alpha: 8, type: vera", "does not apply to an adapter of type 'vera'"),
+        (TEXT, "use_rslora: true, type: vera", "does not apply to an adapter of type 'vera'"),
+        (
+            TEXT,
+            "init_lora_weights: pissa, type: vera",
+            "does not apply to an adapter of type 'vera'",
+        ),
+        (TEXT, "rank_pattern: {a: 2}, type: vera", "does not apply to an adapter of type 'vera'"),
+        (LANGUAGE, "new_tokens: [a], type: vera", "does not apply to an adapter of type 'vera'"),
+        (TEXT, "d_initial: 0.2", "does not apply to an adapter of type 'lora'"),
+        (TEXT, "projection_prng_key: 1", "does not apply to an adapter of type 'lora'"),
+        (TEXT, "new_tokens: [a]", "are for language models, not for image-classification"),
+        (LANGUAGE, "new_tokens: [a, b, a]", "names a token twice"),
+    ],
+)
+def test_adapters_that_do_not_go_with_the_rest_name_file_line_and_field(
+    text: str, field: str, message: str, tmp_path: Path
+) -> None:
+    name = field.partition(":")[0]
+    written = "".join(f"  {part}\n" for part in re.split(r", (?=\w+:)", field))
+    file = recipe_file(tmp_path, text.replace("  rank: 8\n", f"  rank: 8\n{written}"))
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file)
+    told = str(error.value)
+    lines = file.read_text().splitlines()
+    line = next(at for at, read in enumerate(lines, 1) if read.startswith(f"  {name}:"))
+    assert told.startswith(f"{file}: line {line}: adapter.{name}: {message}"), told
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank", "start", "iterations"),
+    [
+        ("init_lora_weights: true", 8, "default", None),
+        ("init_lora_weights: gaussian", 8, "gaussian", None),
+        ("init_lora_weights: pissa", 8, "pissa", None),
+        ("init_lora_weights: pissa_niter_16", 8, "pissa", 16),
+        ("init_lora_weights: loftq", 8, "loftq", None),
+        ("init_lora_weights: pissa\n  use_rslora: true", 8, "pissa", None),
+        ("type: vera\n  bias: lora_only\n  d_initial: 0.5", 8, "default", None),
+    ],
+)
+def test_ways_to_begin_are_named_as_peft_names_them(
+    fields: str, rank: int, start: str, iterations: int | None, tmp_path: Path
+) -> None:
+    text = TEXT.replace("  rank: 8\n", f"  rank: 8\n  {fields}\n")
+    adapter = load_recipe(recipe_file(tmp_path, text)).adapter
+    assert adapter is not None
+    assert (adapter.rank, adapter.initialisation, adapter.svd_iterations) == (
+        rank,
+        start,
+        iterations,
+    )
+
+
+def test_veras_rank_is_of_another_size_and_a_dumped_recipe_reads_the_same(tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path, TEXT.replace("rank: 8", "type: vera")))
+    assert recipe.adapter is not None and recipe.adapter.rank == 256
+    again = Recipe.model_validate(recipe.content())
+    assert again.digest == recipe.digest

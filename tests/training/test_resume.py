@@ -6,15 +6,20 @@ import subprocess
 import sys
 import time
 
+import bitsandbytes
 import pytest
 import torch
+from transformers.optimization import Adafactor
 
 from qlx.checkpoint import bytes_digest, open_checkpoint
-from qlx.errors import CorruptCheckpoint, Mismatch, UsageError
+from qlx.errors import CorruptCheckpoint, Mismatch, Unsupported, UsageError
 from qlx.recipe import Recipe
-from qlx.training import interrupted_at, train
+from qlx.training import check, interrupted_at, train
+from qlx.training.distributed import Process
 from qlx.training.progress import read_metrics
-from qlx.training.trainers import StrictTrainer
+from qlx.training.state import collect_state, load_optimizer, write_optimizer
+from qlx.training.trainers import StrictTrainer, check_optimizer
+from qlx.weights import read_tensors
 from tests.conftest import DIGITS_BASE, DIGITS_RUN, PYTHON_RUN, recipe_of
 
 SHORT = {"batch_size": 16, "learning_rate": 4e-3, "save_every": 4, "log_every": 3, "seed": 3}
@@ -207,17 +212,21 @@ def test_finished_run_holds_no_pickle(digits_run):
         "optimizer.json",
         "trainer_state.json",
     } <= checkpoint.manifest.files.keys()
-    for name in checkpoint.manifest.files:
-        data = (digits_run / name).read_bytes()
-        assert not data.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")), name
+    assert not [name for name in checkpoint.manifest.files if is_pickle(digits_run / name)]
 
 
 @pytest.mark.parametrize(
     "make",
-    [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), torch.optim.Adagrad],
+    [
+        torch.optim.AdamW,
+        lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9),
+        torch.optim.Adagrad,
+        lambda p, lr: Adafactor(p, lr, scale_parameter=False, relative_step=False),
+        lambda p, lr: bitsandbytes.optim.AdamW8bit(p, lr, min_8bit_size=1),
+    ],
+    ids=["adamw", "momentum", "adagrad", "adafactor", "adamw_8bit"],
 )
 def test_optimizer_state_round_trip(make, tmp_path):
-    from qlx.training.state import load_optimizer, save_optimizer
 
     def stepped(parameters, optimizer, scheduler, steps):
         for _ in range(steps):
@@ -235,11 +244,67 @@ def test_optimizer_state_round_trip(make, tmp_path):
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         )
 
-    first = fresh(torch.arange(5.0))
+    first = fresh(torch.arange(512.0).reshape(2, 256))
     stepped(*first, 3)
-    save_optimizer(tmp_path, first[1], first[2])
+    state = collect_state(torch.nn.Module(), first[1], first[2], Process())
+    write_optimizer(tmp_path, state)
     second = fresh(first[0][0].detach())
     load_optimizer(tmp_path, second[1], second[2])
-    stepped(*first, 3)
-    stepped(*second, 3)
+    forgetful = fresh(first[0][0].detach())
+    for one in (first, second, forgetful):
+        stepped(*one, 3)
     assert torch.equal(first[0][0], second[0][0])
+    assert not torch.equal(first[0][0], forgetful[0][0])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "sgd"])
+def test_every_optimizer_goes_on_without_pickle(name, digits_base, tmp_path, monkeypatch):
+    data = {**DIGITS_RUN["data"], "train_limit": 96, "eval_limit": 16}
+    adapter = {"rank": 64, "alpha": 64}  # 4096 weights and more, of which bitsandbytes keeps 8 bits
+    training = {**SHORT, "optimizer": name, "max_steps": 6, "learning_rate": 1e-3}
+    sections = {"data": data, "adapter": adapter, "training": training}
+    recipe = recipe_of(DIGITS_RUN, digits_base, **sections)
+    whole = train(recipe, tmp_path / "whole").path
+    inner = StrictTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return inner(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StrictTrainer, "training_step", failing)
+        train(recipe, tmp_path / "run")
+    for path in (tmp_path / "run.partial").rglob("*"):
+        assert not path.is_file() or not is_pickle(path), path
+    run = train(recipe, tmp_path / "run", resume=True).path
+    assert _digests(run) == _digests(whole)
+    assert not [path.name for path in run.iterdir() if is_pickle(path)]
+    codes = {value.dtype for value in read_tensors(run / "optimizer.safetensors").values()}
+    assert (torch.uint8 in codes) is (name == "adamw_8bit")
+
+
+def is_pickle(path):
+    """A pickle of any protocol that torch writes, bare or in a zip archive."""
+    return path.read_bytes().startswith((b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK\x03\x04"))
+
+
+def test_pickles_are_known(tmp_path):
+    for number, old in enumerate((False, True)):
+        path = tmp_path / str(number)
+        torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=not old)
+        assert is_pickle(path)
+
+
+def test_pages_need_a_gpu(digits_base, tmp_path):
+    training = {**SHORT, "optimizer": "paged_adamw_8bit"}
+    recipe = recipe_of(DIGITS_RUN, digits_base, training=training)
+    if torch.cuda.is_available():
+        check(recipe)
+        return
+    for act in (check, lambda recipe: train(recipe, tmp_path / "run")):
+        with pytest.raises(Unsupported, match="no GPU; choose adamw_8bit"):
+            act(recipe)
+    with pytest.raises(Unsupported, match="does not work on shards"):
+        check_optimizer(recipe.training.model_copy(update={"optimizer": "adafactor"}), sharded=True)
