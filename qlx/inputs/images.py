@@ -3,6 +3,7 @@
 Reads and writes `preprocessor_config.json` as transformers does, so that a directory works in both.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,13 +199,15 @@ def _center_crop(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
 
 
 def as_image(image: Any) -> "Image":
-    """A Pillow RGB image from a path, a Pillow image or a uint8 array [H, W, 3] or [H, W].
+    """A Pillow RGB image from a path, encoded bytes, a Pillow image or a uint8 array [H, W, 3] or [H, W].
 
     Raises:
         InputRefused: not an image.
     """
     if isinstance(image, str | Path):
         return open_image(image)
+    if isinstance(image, bytes):
+        return open_image(io.BytesIO(image))
     pillow = require("PIL.Image", "train")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from qlx.errors import InputRefused, Unsupported
 from qlx.inputs.digits import CLASSES, digits
-from qlx.inputs.images import open_image
+from qlx.inputs.image_tables import is_image_table, read_image_table, table_files
+from qlx.inputs.images import as_image, open_image
 from qlx.inputs.python_text import python_docstrings, python_sources
 from qlx.inputs.tables import read_examples
 from qlx.inputs.text import TextCodec, TextExample
@@ -40,7 +41,7 @@ _SHIFTED_COPIES = 2
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images (uint8 arrays [H, W, 3], or paths decoded on use), labels int64 [n] and class names."""
+    """Images (uint8 arrays [H, W, 3]; or paths or encoded bytes, decoded on use), labels int64 [n], class names."""
 
     images: Sequence[Any] | NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -102,15 +103,17 @@ def split_digest(split: Loaded) -> str:
     elif isinstance(split, ImageSplit):
         digest.update(repr(split.classes).encode() + split.labels.tobytes())
         for image in split.images:
-            digest.update(
-                image.read_bytes()
-                if isinstance(image, Path)
-                else np.ascontiguousarray(image).tobytes()
-            )
+            digest.update(_content(image))
     else:
         for example in split.examples:
             digest.update(repr((example.prompt, example.completion, example.messages)).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _content(image: Any) -> bytes:
+    if isinstance(image, Path):
+        return image.read_bytes()
+    return image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
 
 
 def _limited(split: ImageSplit, limit: int | None) -> ImageSplit:
@@ -142,18 +145,50 @@ def _digits_split(data: DataSection, split: Split) -> ImageSplit:
 
 def _folder_split(data: DataSection, split: Split) -> ImageSplit:
     root = Path(data.path or "")
+    if is_image_table(root):
+        return _table_split(root, data, split)
     if not root.is_dir():
         raise InputRefused(
-            f"{root}: no such directory (source images needs one directory per class)"
+            f"{root}: no such directory (source images needs one directory per class, or parquet files)"
         )
     held_out = next((root / name for name in _EVAL_NAMES if (root / name).is_dir()), None)
     if held_out is not None and (root / "train").is_dir():
         return _folder(root / "train" if split == "train" else held_out, _classes(root / "train"))
-    everything = _folder(root, _classes(root))
+    return _chosen(_folder(root, _classes(root)), data, split)
+
+
+def _chosen(everything: ImageSplit, data: DataSection, split: Split) -> ImageSplit:
+    """The part of images that come undivided."""
     chosen = _indices(len(everything), data, split)
     return ImageSplit(
         [everything.images[at] for at in chosen], everything.labels[chosen], everything.classes
     )
+
+
+def _table_split(root: Path, data: DataSection, split: Split) -> ImageSplit:
+    """Images of parquet files: one, or `train*` and `test*` (or another of `_EVAL_NAMES`) in a directory."""
+    train, held_out = table_files(root, ("train",)), table_files(root, _EVAL_NAMES)
+    if not (train and held_out):
+        return _chosen(_table(train or table_files(root, ("",)) or [root]), data, split)
+    known = _table(train)
+    if split == "train":
+        return known
+    found = _table(held_out)
+    return ImageSplit(found.images, _renumbered(found, known.classes, held_out[0]), known.classes)
+
+
+def _renumbered(split: ImageSplit, classes: tuple[str, ...], where: Path) -> NDArray[np.int64]:
+    """The labels of a split as numbers of other `classes`, by name."""
+    unknown = sorted({*split.classes} - {*classes})
+    if unknown:
+        raise InputRefused(f"{where}: class {unknown[0]!r} does not occur in the training files")
+    return np.array([classes.index(split.classes[label]) for label in split.labels], np.int64)
+
+
+def _table(files: Sequence[Path]) -> ImageSplit:
+    images, labels, classes = read_image_table(files)
+    as_image(images[0])
+    return ImageSplit(images, np.array(labels, np.int64), classes)
 
 
 def _classes(root: Path) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ class DataSection(_Section):
     """Where examples come from.
 
     Built in: `digits` (scikit-learn), `python-text` and `python-docstrings` (the running Python's own
-    standard library). Yours, with `path`: `images` (a directory with one directory per class), `text`
+    standard library). Yours, with `path`: `images` (a directory with one directory per class, or parquet), `text`
     (jsonl, csv or parquet with prompt/completion, messages or text columns), `tracknet` (video frames with the
     place of a ball, `game*/Clip*/Label.csv`; held out clip by clip).
 
