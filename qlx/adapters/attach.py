@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from qlx.adapters.config import CONFIG_FILE, pattern_matches
-from qlx.adapters.initial import doubled, frozen_part, start_loftq, start_pissa
+from qlx.adapters.initial import (
+    doubled,
+    frozen_part,
+    is_frozen_part,
+    start_loftq,
+    start_pissa,
+)
 from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
 from qlx.adapters.vocabulary import start_rows, token_targets, widen_for
 from qlx.checkpoint import AdapterSpec, canonical_json
@@ -312,12 +318,17 @@ def _json_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a packed weight counts with the values it stands for."""
+    """(trained, all) parameters; a packed weight counts with the values it stands for.
+
+    PiSSA's frozen half takes away what the trained one begins at, and is none of the model's.
+    """
     trained = total = 0
     packed = {
         id(module.weight): packed_of_module(module).count for _, module in packed_modules(model)
     }
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if is_frozen_part(name):
+            continue
         count = packed.get(id(parameter), parameter.numel())
         total += count
         trained += count if parameter.requires_grad else 0
@@ -382,7 +393,7 @@ def adapter_spec(
         alpha_pattern=fields.get("alpha_pattern", {}),
         modules_to_save=tuple(sorted(fields["modules_to_save"] or ())),
         trained_parameters=trained,
-        total_parameters=total - sum(value.numel() for value in frozen_part(peft_model).values()),
+        total_parameters=total,
         initialized=initialized,
         trained_rank=peft_model.peft_config["default"].r if started else None,
         new_tokens=tuple(new_tokens),

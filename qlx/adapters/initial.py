@@ -99,7 +99,7 @@ def start_loftq(adapted: Any, original: Callable[[str], Tensor]) -> None:
 
 def is_frozen_part(parameter: str) -> bool:
     """Whether a parameter's name is one of PiSSA's frozen half."""
-    return f".{_FROZEN}." in parameter and ".lora_" in parameter
+    return f".lora_A.{_FROZEN}." in parameter or f".lora_B.{_FROZEN}." in parameter
 
 
 def frozen_part(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlx.adapters import adapted_modules, frozen_part, is_frozen_part, parameter_counts
+from qlx.adapters import adapted_modules, is_frozen_part, parameter_counts
 from qlx.errors import CheckFailed
 from qlx.recipe import AdapterSection
 
@@ -57,7 +57,7 @@ class ParameterTable:
 
 
 def parameter_table(model: nn.Module) -> ParameterTable:
-    """Count the trainable parameters of a model by group; PiSSA's frozen half is none of the model's."""
+    """Count the trainable parameters of a model by group."""
     groups: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -66,7 +66,7 @@ def parameter_table(model: nn.Module) -> ParameterTable:
             groups[group] = tensors + 1, parameters + parameter.numel()
     rows = tuple(ParameterRow(group, *counts) for group, counts in sorted(groups.items()))
     trained, total = parameter_counts(model)
-    return ParameterTable(rows, trained, total - sum(map(torch.numel, frozen_part(model).values())))
+    return ParameterTable(rows, trained, total)
 
 
 def _group(name: str) -> str:

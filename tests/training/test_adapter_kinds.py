@@ -35,7 +35,7 @@ KINDS = {
     "vera": {"type": "vera", "rank": 32, "d_initial": 0.5},
 }
 TAGS = {"pissa": "_PiSSA4_", "fast pissa": "_PiSSA4_", "loftq": "_LoftQ4_", "vera": "_VeRa32_"}
-QUICK = {("pissa", "ternary"), ("fast pissa", "none"), ("loftq", "int4"), ("vera", "nf4")}
+QUICK = {("pissa", "ternary"), ("loftq", "int4"), ("vera", "nf4")}
 
 
 def cells():
@@ -60,7 +60,9 @@ def test_it_goes_all_the_way(kind, scheme, digits_base, tmp_path):
     run = train(recipe, tmp_path / "run")
     spec = run.manifest.adapter
     assert TAGS[kind] in run.manifest.tag and found.tag == run.manifest.tag
-    assert (found.trained_parameters, len(found.adapted)) == (spec.trained_parameters, 12)
+    assert len(found.adapted) == 12
+    counts = [(x.trained_parameters, x.total_parameters) for x in (found, spec)]
+    assert counts[0] == counts[1]
     adapter = save_adapter(run.path, tmp_path / "adapter", base=base)
     assert verify(adapter.path, base=base).passed
     assert try_adapter(adapter.path, base).passed
