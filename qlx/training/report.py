@@ -97,9 +97,13 @@ table{border-collapse:collapse;margin:.5rem 0 1.5rem}
 td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}img.curve{max-width:100%}
 img.sample{width:72px;height:72px;image-rendering:pixelated}code{background:#f4f4f4;padding:0 .2rem}
+td{overflow-wrap:anywhere}.text{white-space:pre-wrap}
 .bad{color:#a33}.good{color:#27713a}img.drawn{width:420px;max-width:60vw}
 """
-_LEGEND = "Green circle: where it is. Orange cross: found with the adapter off. Pink cross: found after training."
+_LEGEND = (
+    "Green circle: where it is. Orange cross: found with the adapter off. Pink cross: found after training, and "
+    "pink where the model then sees something."
+)
 
 
 def _page(summary: RunSummary, curve: bytes) -> str:
@@ -189,13 +193,13 @@ def _sample(sample: Sample) -> tuple[str, str, str, str]:
     shown = (
         f'<img class="{"drawn" if sample.drawn else "sample"}" alt="" src="{_png(sample.picture)}">'
         if sample.picture
-        else escape(sample.text)
+        else f'<span class="text">{escape(sample.text)}</span>'
     )
     answers = sample.before, sample.after
     right = sample.right or tuple(answer == sample.expected for answer in answers)
-    marks = ("good" if good else "bad" for good in right)
+    wrong = "bad" if sample.picture else "text"  # an answer in other words need not be wrong
     before, after = (
-        f'<span class="{mark}">{escape(answer)}</span>'
-        for mark, answer in zip(marks, answers, strict=True)
+        f'<span class="{"good" if good else wrong}">{escape(answer)}</span>'
+        for good, answer in zip(right, answers, strict=True)
     )
-    return shown, escape(sample.expected), before, after
+    return shown, f'<span class="text">{escape(sample.expected)}</span>', before, after

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from qlx.checkpoint import Probe
@@ -34,6 +35,7 @@ _TEXTS = 6
 _NEW_TOKENS = 32
 _SIDE = 160
 _WIDE = 420
+_TINT = 0.7  # opacity of a certain place
 _TRUE, _BEFORE, _AFTER = "#30e070", "#ffb000", "#ff2fd0"
 
 
@@ -72,7 +74,9 @@ def keypoint_samples(split: KeypointSplit, items: Sequence[int], probe: Probe) -
                 expected=_places(true),
                 before="" if before is None else _places(before, true),
                 after=_places(after or [], true),
-                picture=_overlay(split.frames[at][-1], true, before or [], after or []),
+                picture=_overlay(
+                    split.frames[at][-1], probe.reference[row], true, before or [], after or []
+                ),
                 right=(_near(before or [], true), _near(after or [], true)),
                 drawn=True,
             )
@@ -118,13 +122,21 @@ def _places(found: Sequence[Place], true: Sequence[Place] = ()) -> str:
 
 
 def _overlay(
-    file: Path, true: Sequence[Place], before: Sequence[Place], after: Sequence[Place]
+    file: Path,
+    logits: NDArray[np.float32],
+    true: Sequence[Place],
+    before: Sequence[Place],
+    after: Sequence[Place],
 ) -> bytes:
-    """The frame as a PNG: a circle around what is true, crosses over what was and is found."""
+    """The frame as a PNG under its heatmaps: a circle around what is true, crosses over what was and is found.
+
+    `logits` are the heatmaps `[K, h, w]` after training.
+    """
     draw = require("PIL.ImageDraw", "train")
     picture = open_image(file)
     scale = _WIDE / picture.width
     picture = picture.resize((_WIDE, round(picture.height * scale)))
+    _tint(picture, logits)
     pen = draw.Draw(picture)
     for colour, places, mark in ((_TRUE, true, "o"), (_BEFORE, before, "x"), (_AFTER, after, "x")):
         for place in filter(None, places):
@@ -137,6 +149,15 @@ def _overlay(
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _tint(picture: Any, logits: NDArray[np.float32]) -> None:
+    """Colour a picture where the heatmaps `[K, h, w]` say that something is, the more the surer."""
+    pillow = require("PIL.Image", "train")
+    probability = 1 / (1 + np.exp(-logits.max(axis=0).astype(np.float64)))
+    shade = pillow.fromarray(np.uint8(_TINT * 255 * probability))
+    shade = shade.resize(picture.size, pillow.Resampling.BILINEAR)
+    picture.paste(_AFTER, (0, 0), shade)
 
 
 def _thumbnail(image: Any) -> bytes:

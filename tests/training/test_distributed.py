@@ -57,7 +57,7 @@ def recipe(request, tmp_path):
             sections["base"] = {"path": str(request.getfixturevalue("classic_base"))}
             sections["data"] = {**content["data"], "path": str(clips)}
         base = None if task == "classic" else request.getfixturevalue(f"{task}_base")
-        made = recipe_of(content, base, **sections)
+        made = recipe_of({**content, **sections}, base)
         path = tmp_path / f"batch{section['batch_size']}.yaml"
         path.write_text(json.dumps(made.content()))
         return path
