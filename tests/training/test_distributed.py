@@ -56,6 +56,7 @@ def recipe(request, tmp_path):
             clips = request.getfixturevalue("tennis_clips") / "bright"
             sections["base"] = {"path": str(request.getfixturevalue("classic_base"))}
             sections["data"] = {**content["data"], "path": str(clips)}
+            section["learning_rate"] = 3e-4  # all weights: faster, they would tell float sums apart
         base = None if task == "classic" else request.getfixturevalue(f"{task}_base")
         made = recipe_of({**content, **sections}, base)
         path = tmp_path / f"batch{section['batch_size']}.yaml"
@@ -104,7 +105,7 @@ def test_two_processes_are_one_with_twice_the_batch(recipe, request, tmp_path, t
     two, one = (read_tensors(tmp_path / name / weights) for name in ("two", "one"))
     assert two.keys() == one.keys()
     for name, value in one.items():
-        assert (two[name] - value).norm() <= 1e-3 * value.norm(), name
+        assert (two[name] - value).float().norm() <= 1e-3 * value.float().norm(), name
     base = None if task == "classic" else request.getfixturevalue(f"{task}_base")
     assert verify(tmp_path / "two", base=base).passed
 
