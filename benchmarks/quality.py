@@ -6,8 +6,8 @@
 A base is pretrained for each task and then taught something it has not seen: turned and coloured digits,
 a tennis ball by night, the first line of a docstring. Every way to train takes the recipe's steps. Its
 learning rate is the best of three, chosen on another division of the data (data seed 100) than the one
-that the table is measured on; fp4 and int4 take nf4's. The seeds of the table change the order of the
-examples and the adapter's start, not what is held out.
+that the table is measured on; adapters on quantized bases take that of LoRA. The seeds of the table change
+the order of the examples and the adapter's start, not what is held out.
 
 Each training's result is a file below --work, so that a second call goes on where the first one ended.
 The table goes to standard output, everything to benchmarks/output/quality.json.
@@ -78,8 +78,8 @@ TITLES = {
     "int4": "LoRA on int4",
     "ternary": "LoRA on ternary",
 }
-RATES_OF = {"fp4": "nf4", "int4": "nf4"}
-"""Arms that take another's learning rate: their bases differ from it by as much, and only in codes."""
+RATES_OF = dict.fromkeys(("nf4", "fp4", "int4", "ternary"), "lora")
+"""Arms that take another's learning rate: what is trained is the same, on a base that differs."""
 
 
 def factors(arm: str) -> tuple[float, ...]:
@@ -232,9 +232,8 @@ def draw(results: dict[str, dict[str, Result]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1, len(results), figsize=(3.4 * len(results), 2.6), sharey=True
-    )
+    size = (3.4 * len(results) + 1, 2.6)
+    figure, (panels,) = pyplot.subplots(1, len(results), figsize=size, sharey=True, squeeze=False)
     for panel, (name, arms) in zip(panels, results.items(), strict=True):
         panel.barh(
             [TITLES[arm] for arm in arms],
