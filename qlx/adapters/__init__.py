@@ -31,7 +31,7 @@ from qlx.adapters.formula import (
     widened,
     with_rows,
 )
-from qlx.adapters.initial import frozen_part, is_frozen_part
+from qlx.adapters.initial import frozen_part, is_frozen_part, join_halves
 from qlx.adapters.names import disk_names
 from qlx.adapters.reader import AdapterWeights, read_adapter
 
@@ -58,6 +58,7 @@ __all__ = [
     "fitted",
     "frozen_part",
     "is_frozen_part",
+    "join_halves",
     "load_adapter",
     "lora_config",
     "merged_weight",

@@ -25,6 +25,7 @@ __all__ = [
     "doubled",
     "frozen_part",
     "is_frozen_part",
+    "join_halves",
     "low_rank",
     "start_loftq",
     "start_pissa",
@@ -129,6 +130,27 @@ def doubled(
         for name, value in ((key.replace(f".{_FROZEN}.", "."), v) for key, v in frozen.items())
     }
     return fields, {**trained, **joined}
+
+
+def join_halves(adapted: Any) -> None:
+    """Make one adapter of twice the rank of PiSSA's two, in place: the one that is stored; else do nothing.
+
+    Their sum is the same but for the order of float sums, which tells where both are large.
+    """
+    if not frozen_part(adapted):
+        return
+    config = adapted.peft_config[_TRAINED]
+    fields, _ = doubled(config.to_dict(), {}, {})
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        setattr(config, name, fields[name])
+    for layer in _layers(adapted, "pissa").values():
+        for parts, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
+            both = [parts[half].weight.detach() for half in (_TRAINED, _FROZEN)]
+            parts[_TRAINED].weight = nn.Parameter(torch.cat(both, dim=dim))
+        layer.r[_TRAINED] *= 2
+        layer.delete_adapter(_FROZEN)
+        layer.set_adapter(_TRAINED)
+    del adapted.peft_config[_FROZEN]
 
 
 class _Values:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qlx.adapters import adapter_spec, save_adapter
+from qlx.adapters import adapter_spec, join_halves, save_adapter
 from qlx.checkpoint import (
     PROBE_FILE,
     AdapterSpec,
@@ -216,6 +216,8 @@ def _write_weights(job: Job, staging: Path) -> None:
 
 def _probe(job: Job) -> Probe:
     batch = job.material.probe(job.recipe)
+    if job.recipe.adapter is not None:
+        join_halves(job.model)  # what is stored of PiSSA
     return make_probe(
         job.model, job.recipe.task, batch.inputs, batch.labels, job.recipe.adapter is not None
     )

@@ -10,6 +10,7 @@ from qlx.adapters import (
     attach_adapter,
     delta_weight,
     frozen_part,
+    join_halves,
     load_adapter,
     read_adapter,
     save_adapter,
@@ -144,6 +145,16 @@ def test_what_is_stored_of_pissa_is_one_lora_of_twice_the_rank(options, tmp_path
     torch.testing.assert_close(theirs(inputs()), adapted(inputs()), rtol=0, atol=2e-6)
     ours = load_adapter(net("int4"), tmp_path)
     assert torch.equal(ours(inputs()), theirs(inputs()))
+    apart = adapted(inputs())
+    join_halves(adapted)
+    assert not frozen_part(adapted)
+    torch.testing.assert_close(adapted(inputs()), apart, rtol=0, atol=2e-6)
+    torch.testing.assert_close(adapted(inputs()), ours(inputs()), rtol=0, atol=1e-7)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(inputs()), net("int4")(inputs()))
+    save_adapter(adapted, tmp_path / "joined")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def weights(model, quantized):
