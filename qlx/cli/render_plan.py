@@ -68,7 +68,12 @@ def _print_suggestion(console: "Console", data: Mapping[str, Any]) -> None:
         console.print("suggestion: none; nothing fits, down to rank 4 and 128 positions")
         return
     old, new = data["setup"], data["suggestion"]["setup"]
-    changes = [f"{text} {new[n]}" for n, text in _CHANGES.items() if new[n] != old[n]]
+    shown = {True: "on", False: "off"}
+    changes = [
+        f"{text} {shown.get(new[n], new[n]) if n == 'checkpointing' else new[n]}"
+        for n, text in _CHANGES.items()
+        if new[n] != old[n]
+    ]
     total = format_bytes(data["suggestion"]["total"])
     console.print(f"suggestion: {', '.join(changes) or 'as it is'} → {total}")
 

@@ -13,9 +13,9 @@ from qlx.errors import UsageError
 from qlx.planning.shapes import ATTENTION, Shape, shape_from_count
 
 LOGIT_BYTES = 8  # c_V: bytes per logit at the peak of the loss
-RUNTIME_BYTES = {  # context, kernels, allocator slack (cuda: fitted; cpu: resident libraries)
+RUNTIME_BYTES = {  # context, kernels, libraries, allocator slack: both fitted, see docs/memory.md
     "cuda": 2.5e9,
-    "cpu": 0.6e9,
+    "cpu": 0.87e9,
 }
 OPTIMIZER_BYTES = {  # by training.optimizer; adafactor keeps sums of rows and columns, 4 / rank at most
     "adamw": 8,
@@ -90,6 +90,7 @@ class Setup:
         trained_bytes: bytes kept per trained parameter: 4 (fp32), or 6 (bf16 and an fp32 master).
         attention_scores: the T × T scores are stored (no fused attention kernel).
         device: "cuda" or "cpu".
+        offloaded: linear weights wait off the device and are there one at a time.
     """
 
     weights: WeightFormat = field(default_factory=lambda: weight_format("nf4", double_quant=True))
@@ -104,6 +105,7 @@ class Setup:
     trained_bytes: int = 4
     attention_scores: bool = False
     device: str = "cuda"
+    offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ def plan_shape(shape: Shape, setup: Setup) -> Plan:
     largest = max(d_in * d_out for d_in, d_out in shape.linears.values())
     materialized = setup.weights.quantized and not full
     kept = trained * setup.trained_bytes
-    frozen = frozen_linear * setup.weights.code_bits / 8 + frozen_other * setup.compute_bytes
+    present = largest if setup.offloaded and not full else frozen_linear
+    frozen = present * setup.weights.code_bits / 8 + frozen_other * setup.compute_bytes
     parts = Parts(
         weights=kept if full else frozen,
         constants=frozen_linear * setup.weights.constant_bytes,

@@ -137,4 +137,5 @@ def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
         optimizer=training.optimizer,
         compute_bytes=_WIDTH[dtype],
         device=device,
+        offloaded=recipe.base.offload == "disk" or (recipe.base.offload, device) == ("cpu", "cuda"),
     )

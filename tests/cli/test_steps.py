@@ -315,6 +315,8 @@ def test_a_recipe_is_trained_resumed_and_checked(tmp_path):
     recipe = tiny_recipe(tmp_path)
     checked = result("train", recipe, "--dry-run")
     assert checked["plan"]["trained_parameters"] > 0
+    device = checked["plan"]["setup"]["device"]
+    assert checked["plan"] == result("plan", recipe, "--device", device)
     assert not (tmp_path / "run").exists()
     code, out, err = call("train", recipe, "-o", tmp_path / "run")
     assert code == 0

@@ -48,6 +48,8 @@ def test_every_section_reaches_the_plan(recipe_file):
         ("quantization.double_quant=false", "constants", True),
         ("adapter.rank=32", "optimizer", True),
         ("data.max_length=128", "activations", False),
+        ("base.offload=disk", "weights", False),
+        ("base.offload=cpu", "weights", False),
     ],
 )
 def test_a_changed_field_changes_its_part(recipe_file, override, part, larger):
