@@ -105,9 +105,8 @@ def test_two_processes_are_one_with_twice_the_batch(recipe, request, tmp_path, t
     two, one = (read_tensors(tmp_path / name / weights) for name in ("two", "one"))
     assert two.keys() == one.keys()
     for name, value in one.items():
-        noise = (
-            1e-5 if name.endswith("key.bias") else 0
-        )  # softmax does not see it: no gradient but noise
+        # The bias of keys has no gradient but noise: softmax does not see it.
+        noise = 1e-5 if name.endswith("key.bias") else 0
         assert (two[name] - value).float().norm() <= 1e-3 * value.float().norm() + noise, name
     base = None if task == "classic" else request.getfixturevalue(f"{task}_base")
     assert verify(tmp_path / "two", base=base).passed
