@@ -1,12 +1,15 @@
 """Plans of recipes: each section reaches the setup, and bases that cannot be known are refused."""
 
 import json
+from typing import get_args
 
 import pytest
 
 from qlx.errors import InputRefused
 from qlx.planning import plan_recipe
+from qlx.planning.memory import OPTIMIZER_BYTES
 from qlx.recipe import load_recipe
+from qlx.recipe.schema import Optimizer
 
 RECIPE = """
 name: plan-me
@@ -121,3 +124,16 @@ def test_a_public_base_needs_no_files(recipe_file):
 def test_an_unknown_base_is_refused(recipe_file):
     with pytest.raises(InputRefused, match="nowhere/at-all"):
         plan_recipe(load_recipe(recipe_file, ["base.path=nowhere/at-all"]))
+
+
+def test_every_optimizer_of_a_recipe_is_counted(recipe_file):
+    """Of a low-rank adapter each keeps less than the one before it."""
+    names = get_args(Optimizer)
+    plans = [
+        plan_recipe(load_recipe(recipe_file, [f"training.optimizer={name}"])) for name in names
+    ]
+    trained = plans[0].parts.gradients / 4
+    sizes = [plan.parts.optimizer / trained for plan in plans]
+    assert dict(zip(names, sizes, strict=True)) == OPTIMIZER_BYTES
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 8
