@@ -4,8 +4,9 @@
     python benchmarks/training.py --only text-lora --repeats 3
 
 Same base, data, batch and adapter; every training is a process of its own, and the methods take turns. A
-step's time is the median over the steps after the first five; memory is the highest mark of the process
-above what its imports hold. qlx writes a run with its probe afterwards, which is not part of a step.
+step's time is the median over the steps after the first five; memory is the most that was resident at the
+end of a step, above what the imports hold. qlx writes a run with its probe afterwards, which is not part of
+a step.
 The table goes to standard output, everything to benchmarks/output/training.json.
 """
 
@@ -50,14 +51,12 @@ QLX = (
     _COMMON
     + """
 from qlx.recipe import load_recipe
-from qlx.training import run
+from qlx.training import train
 held = mark("VmRSS")
-peaks = []
-write, run._write_run = run._write_run, lambda *a: (peaks.append(mark("VmHWM")), write(*a))
-made = run.train(load_recipe(Path(task["recipe"]), task["set"]), Path(task["output"]))
+made = train(load_recipe(Path(task["recipe"]), task["set"]), Path(task["output"]))
 rows = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
-print(json.dumps({"seconds": [row["seconds"] for row in rows], "memory": peaks[0] - held,
-                  "loss": rows[-1]["loss"]}))
+print(json.dumps({"seconds": [row["seconds"] for row in rows], "loss": rows[-1]["loss"],
+                  "memory": max(row["memory_resident"] for row in rows) - held}))
 """
 )
 
@@ -84,7 +83,7 @@ if quantization is not None:
 names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] if text else task["targets"]
 lora = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=names,
                        task_type="CAUSAL_LM" if text else None)
-seconds, losses = [], []
+seconds, losses, resident = [], [], []
 
 class Clock(TrainerCallback):
     def on_train_begin(self, *_, **__):
@@ -93,6 +92,7 @@ class Clock(TrainerCallback):
         if "loss" in logs:
             seconds.append(time.monotonic() - self.start)
             losses.append(logs["loss"])
+            resident.append(mark("VmRSS"))
 
 shared = dict(output_dir=task["output"], per_device_train_batch_size=section.batch_size,
               max_steps=section.max_steps, learning_rate=section.learning_rate, lr_scheduler_type="cosine",
@@ -113,7 +113,7 @@ else:
     trainer = Trainer(model=peft.get_peft_model(model, lora), train_dataset=data, callbacks=[Clock()],
                       args=TrainingArguments(**shared))
 trainer.train()
-print(json.dumps({"seconds": seconds, "memory": mark("VmHWM") - held, "loss": losses[-1]}))
+print(json.dumps({"seconds": seconds, "memory": max(resident) - held, "loss": losses[-1]}))
 """
 )
 

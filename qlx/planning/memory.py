@@ -171,11 +171,14 @@ def activation_bytes(shape: Shape, setup: Setup) -> float:
     outputs = LOGIT_BYTES * (shape.vocab * positions + shape.outputs * setup.batch)
     mlp = (3 if shape.gated else 2) * shape.intermediate
     layer = width * positions * (8 * shape.hidden + mlp)
+    # kept for the backward pass besides: norms' inputs, rotated and transposed heads, the MLP's product
+    kept = layer + width * positions * (4 * shape.hidden + shape.intermediate)
+    scores = 2 * width * shape.heads * positions * (shape.tokens or setup.tokens)
     if setup.attention_scores:
-        layer += 2 * width * shape.heads * positions * (shape.tokens or setup.tokens)
+        layer, kept = layer + scores, kept + scores
     if setup.checkpointing:
         return width * shape.layers * shape.hidden * positions + max(outputs, layer)
-    return shape.layers * layer + outputs
+    return shape.layers * kept + outputs
 
 
 def adapter_parameters(shape: Shape, setup: Setup) -> tuple[int, int]:

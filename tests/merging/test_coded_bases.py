@@ -114,7 +114,7 @@ def test_a_bitnet_model_computes_here_what_it_does_in_transformers(linear_class,
     assert (plain - expected).norm() / expected.norm() > 1e-3  # negative control
 
 
-@pytest.mark.parametrize("kind", ["gptq", "bitnet"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "bitnet"])
 def test_a_plain_peft_directory_merges_onto_the_values_of_the_codes(kind, tmp_path):
     base, values = coded_base(tmp_path / "base", kind)
     adapter = make_adapter(base, tmp_path / "adapter", Case(quant=stored_codes(base).spec()))
