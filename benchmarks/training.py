@@ -4,9 +4,9 @@
     python benchmarks/training.py --only text-lora --repeats 3
 
 Same base, data, batch and adapter; every training is a process of its own, and the methods take turns. A
-step's time is the median over the steps after the first five; memory is the most that was resident at the
-end of a step, above what the imports hold. qlx writes a run with its probe afterwards, which is not part of
-a step.
+step's time is the median over the steps after the first five; memory is the highest mark of the process up to
+the last step, above what the imports hold (qlx has scored the held-out examples by then, too). qlx writes a run
+with its probe afterwards, which is not part of a step.
 The table goes to standard output, everything to benchmarks/output/training.json.
 """
 
@@ -53,10 +53,12 @@ QLX = (
 from qlx.recipe import load_recipe
 from qlx.training import train
 held = mark("VmRSS")
-made = train(load_recipe(Path(task["recipe"]), task["set"]), Path(task["output"]))
+peaks = []
+made = train(load_recipe(Path(task["recipe"]), task["set"]), Path(task["output"]),
+             report=lambda line: peaks.append(mark("VmHWM")) if line.startswith("step") else None)
 rows = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
 print(json.dumps({"seconds": [row["seconds"] for row in rows], "loss": rows[-1]["loss"],
-                  "memory": max(row["memory_resident"] for row in rows) - held}))
+                  "memory": peaks[-1] - held}))
 """
 )
 
@@ -65,7 +67,7 @@ PEER = (
     + """
 from transformers import (AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer,
                           BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments)
-from qlx.inputs import load_split
+from qlx.inputs import TextCodec, load_split
 from qlx.recipe import load_recipe
 held = mark("VmRSS")
 recipe = load_recipe(Path(task["recipe"]), task["set"])
@@ -83,7 +85,7 @@ if quantization is not None:
 names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] if text else task["targets"]
 lora = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=names,
                        task_type="CAUSAL_LM" if text else None)
-seconds, losses, resident = [], [], []
+seconds, losses = [], []
 
 class Clock(TrainerCallback):
     def on_train_begin(self, *_, **__):
@@ -92,7 +94,6 @@ class Clock(TrainerCallback):
         if "loss" in logs:
             seconds.append(time.monotonic() - self.start)
             losses.append(logs["loss"])
-            resident.append(mark("VmRSS"))
 
 shared = dict(output_dir=task["output"], per_device_train_batch_size=section.batch_size,
               max_steps=section.max_steps, learning_rate=section.learning_rate, lr_scheduler_type="cosine",
@@ -100,11 +101,14 @@ shared = dict(output_dir=task["output"], per_device_train_batch_size=section.bat
               disable_tqdm=True, dataloader_pin_memory=False, optim="adamw_torch", seed=0)
 split = load_split(recipe.data, "train")
 if text:
-    rows = [{"prompt": one.prompt, "completion": one.completion} for one in split.examples]
+    codec = TextCodec.from_directory(Path(task["base"]))
+    rows = [{"prompt": codec.chat(one.messages[:-1], answer_next=True),
+             "completion": one.messages[-1]["content"]} for one in split.examples]
     trainer = trl.SFTTrainer(
         model=model, peft_config=lora, train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(task["base"]), callbacks=[Clock()],
-        args=trl.SFTConfig(**shared, max_length=recipe.data.max_length, packing=False, bf16=False))
+        args=trl.SFTConfig(**shared, max_length=recipe.data.max_length, packing=False, bf16=False,
+                           gradient_checkpointing=False))
 else:
     from qlx.inputs import ImagePreprocessor
     pixels = ImagePreprocessor.from_directory(Path(task["base"]))(list(split.images))
@@ -113,7 +117,7 @@ else:
     trainer = Trainer(model=peft.get_peft_model(model, lora), train_dataset=data, callbacks=[Clock()],
                       args=TrainingArguments(**shared))
 trainer.train()
-print(json.dumps({"seconds": seconds, "memory": max(resident) - held, "loss": losses[-1]}))
+print(json.dumps({"seconds": seconds, "memory": mark("VmHWM") - held, "loss": losses[-1]}))
 """
 )
 
