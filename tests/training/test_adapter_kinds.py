@@ -182,7 +182,7 @@ def tied(base, target):
     ("scheme", "one_table", "dtype"),
     [
         ("none", True, "float32"),
-        ("int4", False, "bfloat16"),
+        pytest.param("int4", False, "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("nf4", True, "bfloat16", marks=pytest.mark.exhaustive),
         pytest.param("ternary", False, "float32", marks=pytest.mark.exhaustive),
         pytest.param("int8", True, "float32", marks=pytest.mark.exhaustive),

@@ -11,7 +11,7 @@ from tests.conftest import recipe_of
 from tests.exporting.matrix import ARCHITECTURES, PICTURES, build
 from tests.onnx_support import CLASSES, write_model
 
-DEFAULT = ("GPT-2", "DINOv2")
+DEFAULT = ("GPT-2",)
 BASES = [
     pytest.param(row, id=row.name, marks=[] if row.name in DEFAULT else [pytest.mark.exhaustive])
     for row in ARCHITECTURES

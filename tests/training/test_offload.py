@@ -36,6 +36,8 @@ CASES = {  # the run's recipe, its base, how it is quantized, what the base is l
     "images": (DIGITS_RUN, "digits_base", None, "float32"),
     "images-nf4": (DIGITS_RUN, "digits_base", NF4, "float32"),
 }
+LONG = ("text-bf16", "text-int4", "images-nf4")
+CHOSEN = [pytest.param(c, marks=pytest.mark.exhaustive) if c in LONG else c for c in CASES]
 
 
 def recipe_for(content, base, quantization, dtype="float32", offload="none", **sections):
@@ -73,7 +75,7 @@ def same(left, right):
     return left[0] == right[0] and values and left[2] == right[2]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_offloaded_weights_are_learned_on_as_those_in_memory(name, request, tmp_path):
     content, fixture, quantization, dtype = CASES[name]
     base = request.getfixturevalue(fixture)
