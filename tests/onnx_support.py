@@ -47,7 +47,7 @@ def tiny_vit() -> Any:
         id2label=labels,
         label2id={name: index for index, name in labels.items()},
     )
-    return _spread(ViTForImageClassification(config)).eval()
+    return spread(ViTForImageClassification(config)).eval()
 
 
 def tiny_llama() -> Any:
@@ -67,10 +67,11 @@ def tiny_llama() -> Any:
         eos_token_id=1,
         bos_token_id=1,
     )
-    return _spread(LlamaForCausalLM(config)).eval()
+    return spread(LlamaForCausalLM(config)).eval()
 
 
-def _spread(model: Any) -> Any:
+def spread(model: Any) -> Any:
+    """The model with weights so large that its outputs depend on every part."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

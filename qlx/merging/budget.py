@@ -28,7 +28,9 @@ __all__ = ["Estimate", "estimate", "memory_available", "memory_held", "threads_w
 
 _BLOCK_BYTES = 40  # of one value in a block: read, fp32 before and after, delta, stored, sums
 _CODEC_BYTES = 48  # of one value in a codec's temporaries
-_SLACK = 20 * 2**20  # what the allocator keeps for a thread, blocks that wait to be written among it
+_SLACK = (
+    20 * 2**20
+)  # what the allocator keeps for a thread, blocks that wait to be written among it
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -133,8 +133,9 @@ def write_merge(plan: MergePlan, directory: Path, *, workers: int | None = None)
         job = _Job(plan, targets, base)
         count = workers or cores()
         queue, pool = _Queue(job.items()), stack.enter_context(_pool(count, job))
-        for future in [pool.submit(job.work, queue) for _ in range(count)]:
-            future.result()
+        threads = [pool.submit(job.work, queue) for _ in range(count)]
+        for thread in wait(threads, return_when=FIRST_EXCEPTION).done:
+            thread.result()
         job.close()
     _write_index(plan, directory, files)
     return job.written()

@@ -129,10 +129,8 @@ def _base(plan: MergePlan, change: Change, rows: Sequence[int]) -> Tensor:
     if isinstance(weights, CodedWeights) and name in weights.coded:
         return load_tensor(weights, name)[list(rows)].double().reshape(len(rows), -1)
     count = (weights[name].shape or (1,))[0]
-    first = torch.zeros_like(
-        _row(weights, name, 0)
-    )  # for the rows of new tokens, which the base has not
-    stored = torch.cat([_row(weights, name, row) if row < count else first for row in rows])
+    new = torch.zeros_like(_row(weights, name, 0))  # a new token's row, which the base has not
+    stored = torch.cat([_row(weights, name, row) if row < count else new for row in rows])
     seen = stored.to(stored_dtype(spec)) if change.as_trained else stored
     return seen.double().reshape(len(rows), -1)
 

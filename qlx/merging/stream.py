@@ -66,11 +66,8 @@ def write_all_at(target: int, blocks: Sequence[memoryview], offset: int) -> int:
     """Write blocks one after another at an offset, in one call where possible; gives the bytes."""
     total = sum(len(block) for block in blocks)
     done = os.pwritev(target, blocks, offset)
-    at = 0
-    for block in blocks if done < total else ():  # a short write: the rest by hand
-        rest = min(len(block), max(0, at + len(block) - done))
-        write_at(target, block[len(block) - rest :], offset + at + len(block) - rest)
-        at += len(block)
+    if done < total:
+        write_at(target, memoryview(b"".join(blocks))[done:], offset + done)
     return total
 
 

@@ -14,7 +14,7 @@ import torch
 from qlx.checkpoint import Checkpoint
 from qlx.exporting import export_onnx
 from qlx.packing import pack
-from tests.onnx_support import CONTEXT, IMAGE, PATCH, VOCABULARY, merged_checkpoint
+from tests.onnx_support import CONTEXT, IMAGE, PATCH, VOCABULARY, merged_checkpoint, spread
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "onnx-matrix.md"
 TEXT, PICTURES = "causal-lm", "image-classification"
@@ -105,14 +105,7 @@ def build(architecture: Architecture) -> Any:
         classes = transformers.AutoModelForImageClassification
         if architecture.model_type == "deit":  # which the automatic class has twice
             config.architectures = ["DeiTForImageClassification"]
-    model = classes.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(4.0)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
+    return spread(classes.from_config(config)).eval()
 
 
 def export(architecture: Architecture, form: str, room: Path) -> Checkpoint:

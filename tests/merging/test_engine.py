@@ -3,7 +3,12 @@
 import json
 import os
 import shutil
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,3 +225,43 @@ def test_a_known_base_that_changes_meanwhile_is_noticed(tmp_path, bases, monkeyp
     (tmp_path / "merged").mkdir()
     with pytest.raises(CorruptCheckpoint, match="changed while it was read"):
         write_merge(plan, tmp_path / "merged")
+
+
+def test_an_error_in_one_thread_stops_the_others(tmp_path, bases, monkeypatch):
+    """The first thread is busy with the rest of the work when the second one fails."""
+    plan = planned(bases[1], bases[2])
+    begun, done, failed = threading.Barrier(2), [], threading.Event()
+    real = engine._Job.run
+
+    def run(self, item):
+        if not failed.is_set():
+            if begun.wait(10) == 0:
+                failed.set()
+                raise RuntimeError("broken")
+            failed.wait(10)
+        time.sleep(0.05)
+        real(self, item)
+        done.append(item.name)
+
+    monkeypatch.setattr(engine._Job, "run", run)
+    with pytest.raises(RuntimeError, match="broken"):
+        write_merge(plan, tmp_path, workers=2)
+    assert len(done) < 5 < len(plan.weights)
+
+
+def test_threads_take_tensors_of_different_files(bases):
+    plan = planned(bases[1], bases[2])
+    with ExitStack() as stack:
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        files = engine.target_files(plan)
+        targets = [stack.enter_context(engine._Target(room, file)) for file in files]
+        base = {path: engine._BaseFile(path, h.tensors) for path, h in plan.weights.headers.items()}
+        queue = engine._Queue(engine._Job(plan, targets, base).items())
+    busy = [queue.take(None) for _ in files]
+    assert {item.file for item in busy} == {file.name for file in files}
+    again = queue.take(busy[0])
+    assert again.file == busy[0].file  # the one that nobody writes to now
+    taken = [item.name for item in [*busy, again]]
+    while (item := queue.take(None)) is not None:
+        taken.append(item.name)
+    assert sorted(taken) == sorted({*plan.weights, *plan.changes})
