@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from qlx.checkpoint import (
 from qlx.checkpoint.digest import _hashes
 from qlx.errors import CorruptCheckpoint, NoRoom
 from qlx.merging import engine, merged_value, plan_of, stream, write_merge
-from qlx.weights import open_weights, read_header, read_tensors, write_tensors
+from qlx.weights import TensorInfo, open_weights, read_header, read_tensors, write_tensors
 from tests.adapter_support import NF4, Case, make_adapter, make_base
 
 
@@ -235,7 +233,8 @@ def test_an_error_in_one_thread_stops_the_others(tmp_path, bases, monkeypatch):
 
     def run(self, item):
         if not failed.is_set():
-            if begun.wait(10) == 0:
+            begun.wait(10)
+            if threading.current_thread().name.endswith("_1"):
                 failed.set()
                 raise RuntimeError("broken")
             failed.wait(10)
@@ -249,19 +248,19 @@ def test_an_error_in_one_thread_stops_the_others(tmp_path, bases, monkeypatch):
     assert len(done) < 5 < len(plan.weights)
 
 
-def test_threads_take_tensors_of_different_files(bases):
-    plan = planned(bases[1], bases[2])
-    with ExitStack() as stack:
-        room = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        files = engine.target_files(plan)
-        targets = [stack.enter_context(engine._Target(room, file)) for file in files]
-        base = {path: engine._BaseFile(path, h.tensors) for path, h in plan.weights.headers.items()}
-        queue = engine._Queue(engine._Job(plan, targets, base).items())
-    busy = [queue.take(None) for _ in files]
-    assert {item.file for item in busy} == {file.name for file in files}
-    again = queue.take(busy[0])
-    assert again.file == busy[0].file  # the one that nobody writes to now
-    taken = [item.name for item in [*busy, again]]
-    while (item := queue.take(None)) is not None:
-        taken.append(item.name)
-    assert sorted(taken) == sorted({*plan.weights, *plan.changes})
+def item(name, file, size):
+    """A tensor of one file of a base."""
+    info = TensorInfo(name, "U8", (size,), 0, size)
+    return engine._Item(name, (Path(file), info), None, None)
+
+
+def test_threads_take_tensors_of_different_files():
+    large = [item(f"large {size}", "large", 100 + size) for size in range(3)]
+    small = [item(f"small {size}", "small", 1 + size) for size in range(2)]
+    queue = engine._Queue([*large, *small])
+    first, second = queue.take(None), queue.take(None)
+    assert (first.name, second.name) == ("large 2", "small 1")  # the largest of each
+    assert queue.take(first).name == "large 1"  # of the file that nobody writes to
+    assert queue.take(second).name == "small 0"
+    assert queue.take(None).name == "large 0"  # no file is free: it goes on all the same
+    assert queue.take(None) is None
