@@ -17,6 +17,7 @@ from qlx.quant import (
     quantize_tensor,
     set_compute_dtype,
 )
+from qlx.verification.graph import graph_weights
 
 pytest.importorskip("bitsandbytes")
 
@@ -182,6 +183,8 @@ def test_columns_in_another_order_are_put_in_order(symmetric, tmp_path):
     with torch.no_grad():
         output, _ = run(net, x, tmp_path / "model.onnx")
         assert relative(output, x @ packed.values().T) < 1e-6
+        acting = graph_weights(tmp_path / "model.onnx")["0.weight"]()
+        assert relative(acting, packed.values()) < 1e-6  # as verify reads it
         net[0].order = net[0].order.flip(0)  # negative control
         assert relative(run(net, x, tmp_path / "model.onnx")[0], x @ packed.values().T) > 0.1
 
