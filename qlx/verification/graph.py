@@ -16,8 +16,7 @@ from qlx.verification.metrics import Array
 __all__ = ["graph_weights"]
 
 _TURNED, _CODES, _DOWN, _UP = ".weight.T", ".weight_codes", ".lora_A", ".lora_B"
-_ORDER = ".order"
-_PARTS = (_DOWN, _UP, _ORDER, ".weight_absmax", ".weight_scales", ".weight_zeros")
+_PARTS = (_DOWN, _UP, ".weight_absmax", ".weight_scales", ".weight_zeros")
 
 
 def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
@@ -30,6 +29,7 @@ def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
     graph = onnx.load(path).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {name: node for node in graph.node for name in node.input if name.endswith(_CODES)}
+    makers = {name: node for node in graph.node for name in node.output}
 
     def array(name: str) -> Array:
         return np.asarray(onnx.numpy_helper.to_array(stored[name]), np.float32)
@@ -38,11 +38,14 @@ def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
         """[in, out], the base's part."""
         if f"{module}{_CODES}" not in stored:
             return array(f"{module}{_TURNED}")
-        values = _through_kernel(nodes[f"{module}{_CODES}"], stored)
-        if f"{module}{_ORDER}" not in stored:
+        node = nodes[f"{module}{_CODES}"]
+        values = _through_kernel(node, stored)
+        maker = makers.get(node.input[0])
+        if maker is None or maker.op_type != "Gather" or maker.input[1] not in stored:
             return values
-        given = onnx.numpy_helper.to_array(stored[f"{module}{_ORDER}"])
-        return values[np.argsort(given)]
+        # Reordered columns (GPTQ's desc_act); tracing gives the order a name of its own.
+        order = onnx.numpy_helper.to_array(stored[maker.input[1]])
+        return values[np.argsort(order)] if order.shape == values.shape[:1] else values
 
     def whole(module: str) -> Callable[[], Array]:
         if f"{module}{_DOWN}" not in stored:
