@@ -16,6 +16,17 @@ from qlx.adapters.attach import (
 )
 from qlx.adapters.combination import METHODS, PRUNING, RANDOM, Method, combined_delta
 from qlx.adapters.config import AdapterConfig, read_config, read_peft_type
+from qlx.adapters.exact import (
+    EXACT_FILE,
+    ExactLinear,
+    ExactUpdate,
+    ExactWeights,
+    exact_layers,
+    exact_spec,
+    put_exact,
+    read_exact,
+    require_exact_codes,
+)
 from qlx.adapters.experts import split_experts
 from qlx.adapters.formula import (
     LoraDelta,
@@ -33,14 +44,18 @@ from qlx.adapters.formula import (
 )
 from qlx.adapters.initial import frozen_part, is_frozen_part, join_halves
 from qlx.adapters.names import disk_names
-from qlx.adapters.reader import AdapterWeights, read_adapter
+from qlx.adapters.reader import AdapterWeights, read_adapter, read_recorded
 
 __all__ = [
+    "EXACT_FILE",
     "METHODS",
     "PRUNING",
     "RANDOM",
     "AdapterConfig",
     "AdapterWeights",
+    "ExactLinear",
+    "ExactUpdate",
+    "ExactWeights",
     "LoraDelta",
     "Method",
     "TokenRows",
@@ -55,6 +70,8 @@ __all__ = [
     "delta_shape",
     "delta_weight",
     "disk_names",
+    "exact_layers",
+    "exact_spec",
     "fitted",
     "frozen_part",
     "is_frozen_part",
@@ -63,9 +80,13 @@ __all__ = [
     "lora_config",
     "merged_weight",
     "parameter_counts",
+    "put_exact",
     "read_adapter",
     "read_config",
+    "read_exact",
     "read_peft_type",
+    "read_recorded",
+    "require_exact_codes",
     "save_adapter",
     "scaling_of",
     "split_experts",

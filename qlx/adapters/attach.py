@@ -6,7 +6,7 @@ nothing, a key that is not loaded, a target that is not there) these functions r
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,12 @@ import torch
 from torch import nn
 
 from qlx.adapters.config import CONFIG_FILE, pattern_matches
+from qlx.adapters.exact import (
+    Original,
+    attach_exact,
+    exact_layers,
+    save_exact,
+)
 from qlx.adapters.initial import (
     doubled,
     frozen_part,
@@ -117,19 +123,18 @@ def attach_adapter(
     section: AdapterSection,
     *,
     task: str | None = None,
-    original: Callable[[str], torch.Tensor] | None = None,
+    original: Original | None = None,
     new_ids: Sequence[int] = (),
 ) -> Any:
-    """A `PeftModel` around `model` (changed in place) with a fresh adapter to train.
+    """A `PeftModel` around `model` (changed in place) with a fresh adapter to train; `model` itself if exact.
 
-    `original` gives the weight of a module before it was quantized, for `loftq`. `new_ids` are those
+    `original` gives the weight of a module before it was quantized, for `loftq` and `exact`. `new_ids` are those
     of the recipe's new tokens: their rows are trained, and added where the model has none for them.
 
     Raises:
         Unsupported: a target, a module to save or a pattern matches nothing, two patterns give
             one module different values, or the adapter cannot begin as the section says.
     """
-    peft = require("peft", "train")
     automatic = section.target_modules == "auto"
     targets = auto_targets(model, section.modules_to_save) if automatic else section.target_modules
     names = [name for name, _ in model.named_modules()]
@@ -139,6 +144,10 @@ def attach_adapter(
     adapted = [n for n in names if any(f".{n}".endswith(f".{target}") for target in targets)]
     _check_patterns("rank_pattern", section.rank_pattern, adapted)
     _check_patterns("alpha_pattern", section.alpha_pattern, adapted)
+    if section.exact:
+        assert original is not None
+        return attach_exact(model, section, targets, original)
+    peft = require("peft", "train")
     if section.type == "vera":
         return peft.get_peft_model(model, _vera_config(section, targets, task))
     config = lora_config(section, targets, task=task)
@@ -151,8 +160,13 @@ def attach_adapter(
         start_pissa(with_adapter, section.svd_iterations)
     if section.initialisation == "loftq":
         assert original is not None
-        start_loftq(with_adapter, original)
+        start_loftq(with_adapter, lambda module: _known(original(module)))
     return with_adapter
+
+
+def _known(weight: torch.Tensor | None) -> torch.Tensor:
+    assert weight is not None
+    return weight
 
 
 def _check_named(field: str, entries: Iterable[str], names: list[str]) -> None:
@@ -190,6 +204,8 @@ def _check_patterns(field: str, patterns: Mapping[str, float], adapted: list[str
 
 def adapted_modules(peft_model: nn.Module) -> list[str]:
     """Names, in the base model, of the modules that carry an adapter."""
+    if exact := exact_layers(peft_model):
+        return list(exact)
     base: Any = peft_model
     named = base.get_base_model().named_modules()
     return [name for name, module in named if isinstance(module, _adapter_layers())]
@@ -286,7 +302,7 @@ def _stored(peft_model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def save_adapter(peft_model: Any, directory: Path, *, base_name: str | None = None) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time.
+    """Write `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time; an exact one's own file.
 
     `base_name` becomes `base_model_name_or_path`; an absolute path never does, nor does the name
     of a class to import. The result is read back strictly.
@@ -296,6 +312,9 @@ def save_adapter(peft_model: Any, directory: Path, *, base_name: str | None = No
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if exact_layers(peft_model):
+        save_exact(peft_model, directory)
+        return
     fields, state = _stored(peft_model)
     name = base_name if base_name is not None else fields.get("base_model_name_or_path")
     fields |= {
@@ -326,6 +345,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     packed = {
         id(module.weight): packed_of_module(module).count for _, module in packed_modules(model)
     }
+    total += sum(layer.grid.packed.count for layer in exact_layers(model).values())
     for name, parameter in model.named_parameters():
         if is_frozen_part(name):
             continue

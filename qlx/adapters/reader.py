@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from qlx.adapters.config import AdapterConfig, read_config
+from qlx.adapters.exact import ExactUpdate, read_exact
 from qlx.adapters.formula import Kind, LoraDelta, TokenRows, vera_delta
+from qlx.checkpoint import AdapterSpec
 from qlx.errors import CorruptCheckpoint, InputRefused, Mismatch, UnsafeInput, Unsupported
 from qlx.weights import read_tensors
 
-__all__ = ["WEIGHTS_FILE", "AdapterWeights", "read_adapter"]
+__all__ = ["WEIGHTS_FILE", "AdapterWeights", "read_adapter", "read_recorded"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -45,7 +47,7 @@ class AdapterWeights:
     """An adapter: its configuration, an update per module, parameters saved whole, embedding rows.
 
     `deltas` and `rows` by module name (that of the parameter itself for fused experts), `saved` by
-    parameter name, all as in the model in memory. A saved parameter replaces the base's before any
+    parameter name, all as in the model in memory; `exact` are updates of packed weights. A saved parameter replaces the base's before any
     delta is added to it.
     """
 
@@ -53,6 +55,7 @@ class AdapterWeights:
     deltas: dict[str, LoraDelta]
     saved: dict[str, Tensor]
     rows: dict[str, TokenRows] = field(default_factory=dict)
+    exact: dict[str, ExactUpdate] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -64,6 +67,19 @@ class AdapterWeights:
     def without_effect(self) -> list[str]:
         """Modules whose update is exactly zero (an untrained adapter: B is zero)."""
         return [name for name, delta in self.deltas.items() if delta.empty]
+
+
+def read_recorded(directory: Path, spec: AdapterSpec) -> AdapterWeights:
+    """Read the adapter of a checkpoint: a PEFT directory, or a packed-exact adapter, whose record says the rest.
+
+    Raises:
+        As `read_adapter` and `read_exact`.
+    """
+    if spec.type != "exact":
+        return read_adapter(directory)
+    found = read_exact(directory, spec)
+    config = AdapterConfig(rank=spec.rank or 0, alpha=spec.alpha or 0.0)
+    return AdapterWeights(config, {}, found.saved, exact=found.updates)
 
 
 def read_adapter(directory: Path) -> AdapterWeights:

@@ -124,11 +124,12 @@ class AdapterSpec(_Frozen):
     `type` is `full` when the whole model was trained and there is no adapter. `rank` and `alpha` are
     those of the stored factors. `initialized` (`gaussian`, `pissa`, `loftq`) says how they began where
     that was not LoRA's usual way; of `pissa` the trained rank is half the stored one, `trained_rank`.
-    `new_tokens` are the tokens that training added to the base's vocabulary. These three are left out
-    where they say nothing.
+    `new_tokens` are the tokens that training added to the base's vocabulary. Of type `exact` (an adapter inside
+    the rounding) `learned_scales` says whether scales were trained, and `codes` is the fingerprint of all packed
+    weights as training ended. These five are left out where they say nothing.
     """
 
-    type: Literal["lora", "vera", "full"] = "lora"
+    type: Literal["lora", "vera", "exact", "full"] = "lora"
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
@@ -145,11 +146,13 @@ class AdapterSpec(_Frozen):
     initialized: Literal["gaussian", "pissa", "loftq"] | None = None
     trained_rank: int | None = None
     new_tokens: tuple[str, ...] = ()
+    learned_scales: bool = False
+    codes: Digest | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_usual(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = inner(self)
-        rare = ("initialized", "trained_rank", "new_tokens")
+        rare = ("initialized", "trained_rank", "new_tokens", "learned_scales", "codes")
         return {name: value for name, value in fields.items() if value or name not in rare}
 
 

@@ -17,7 +17,7 @@ from qlx.adapters import TokenRows, delta_rows, merged_weight, with_rows
 from qlx.merging.change import Change
 from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
-from qlx.merging.values import Rounding, codes_as_trained, stored_dtype
+from qlx.merging.values import Rounding, codes_as_trained, exact_codes, stored_dtype
 from qlx.quant import PackedTensor, packed_rows, value_unit
 from qlx.weights import WeightSet, read_rows, torch_dtype
 
@@ -73,12 +73,16 @@ def merged_blocks(
     change: Change,
     tally: Tally | None = None,
     codes: Callable[[str, PackedTensor], None] | None = None,
+    moved: Callable[[str, PackedTensor], None] | None = None,
 ) -> Iterator[Tensor]:
     """The tensor to write, in its final dtype, as consecutive blocks of rows.
 
     `tally` counts what rounding costs. `codes` is told the name and codes of a tensor that goes
-    through the codec of training.
+    through the codec of training, `moved` those that an exact adapter makes of them.
     """
+    if change.exact is not None:
+        yield from _exact_blocks(plan, change, tally, codes, moved)
+        return
     base, unit = _base_rows(plan, change, codes)
     compared = _compared_with(plan, change, base)
     for rows in _cuts(change, unit):
@@ -87,6 +91,26 @@ def merged_blocks(
         written = after.to(torch_dtype(change.dtype))
         if tally is not None and compared is not None:
             tally.add(before if compared is base else compared(rows), after, written)
+        yield written
+
+
+def _exact_blocks(
+    plan: MergePlan,
+    change: Change,
+    tally: Tally | None,
+    codes: Callable[[str, PackedTensor], None] | None,
+    moved: Callable[[str, PackedTensor], None] | None,
+) -> Iterator[Tensor]:
+    """The values of the codes that an exact adapter ends with."""
+    base, unit = _base_rows(plan, change, codes)
+    final = exact_codes(plan, change)
+    if moved is not None:
+        moved(change.name, final)
+    for rows in _cuts(change, unit):
+        after = packed_rows(final, rows).values()
+        written = after.to(torch_dtype(change.dtype))
+        if tally is not None:
+            tally.add(base(rows), after, written)
         yield written
 
 
@@ -106,7 +130,8 @@ def tally_of(change: Change) -> Tally | None:
 
 
 def _updates(change: Change) -> bool:
-    return any(part is not None for part in (change.rows, change.delta, change.addend))
+    parts = (change.rows, change.delta, change.addend, change.exact)
+    return any(part is not None for part in parts)
 
 
 def _shape(change: Change) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlx.adapters import LoraDelta, TokenRows
+from qlx.adapters import ExactUpdate, LoraDelta, TokenRows
 
 __all__ = ["Change"]
 
@@ -16,7 +16,8 @@ class Change:
     `dtype` is the safetensors name it is written in, `shape` its shape. In this order: `value`, a
     tensor that was trained whole, replaces the base's, which otherwise is taken as training saw it
     (`as_trained`: loaded in training's dtype and through its codec) or as it is; then single `rows`
-    are replaced, and the weight's `delta` or, for a bias, `addend` is added. `copy_of` names the
+    are replaced, and the weight's `delta` or, for a bias, `addend` is added; `exact` moves the codes of training
+    instead, and what is written is their values. `copy_of` names the
     base's tensor where it is another one: that of a head that the base ties to its embedding.
     """
 
@@ -28,6 +29,7 @@ class Change:
     delta: LoraDelta | None = None
     addend: torch.Tensor | None = None
     rows: TokenRows | None = None
+    exact: ExactUpdate | None = None
     copy_of: str | None = None
 
     @property
@@ -38,5 +40,5 @@ class Change:
     @property
     def adapted(self) -> bool:
         """Whether the adapter changes this tensor, as opposed to the codec or the untying alone."""
-        parts = (self.value, self.delta, self.addend, self.rows)
+        parts = (self.value, self.delta, self.addend, self.rows, self.exact)
         return any(part is not None for part in parts)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from qlx.checkpoint import (
     FileEntry,
     Stamp,
@@ -38,7 +40,7 @@ from qlx.merging.coded import CodedWeights
 from qlx.merging.plan import MergePlan
 from qlx.merging.stream import bytes_of, copy_range, gathered, write_all_at, write_at
 from qlx.merging.values import Rounding, codes_as_trained
-from qlx.quant import PackedTensor, one_torch_thread, packed_line
+from qlx.quant import PackedTensor, grid_entries, one_torch_thread, packed_line
 from qlx.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, lay_out, read_into
 
 __all__ = ["CHUNK", "Written", "cores", "target_files", "write_merge"]
@@ -59,12 +61,15 @@ class Written:
     """What a merge found out while it wrote.
 
     `fingerprint` is the base's, `codes` that of the tensors which went through training's codec
-    (None where none did), `files` the entries of the weight files for the manifest.
+    (None where none did), `moved` that of what an exact adapter made of them and `grids` their scales, by
+    the names of `grid_entries` (empty for other adapters), `files` the entries of the weight files for the manifest.
     """
 
     roundings: tuple[Rounding, ...]
     fingerprint: str
     codes: str | None
+    moved: str | None
+    grids: Mapping[str, Tensor]
     files: Mapping[str, FileEntry]
 
 
@@ -300,6 +305,8 @@ class _Job:
     base: Mapping[Path, _BaseFile]
     lines: dict[str, str] = field(default_factory=dict)
     codes: dict[str, str] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
+    grids: dict[str, Tensor] = field(default_factory=dict)
     roundings: dict[str, Rounding] = field(default_factory=dict)
     stopped: bool = False
     _local: threading.local = field(default_factory=threading.local)
@@ -378,7 +385,7 @@ class _Job:
 
     def _replace(self, change: Change, target: _Target, place: TensorInfo) -> None:
         tally, at, sha256 = tally_of(change), place.begin, hashlib.sha256()
-        blocks = merged_blocks(self.plan, change, tally, self._note_codes)
+        blocks = merged_blocks(self.plan, change, tally, self._note_codes, self._note_moved)
         for batch in gathered((bytes_of(block.contiguous()) for block in blocks), GATHERED):
             self._go_on()
             for data in batch:
@@ -392,6 +399,13 @@ class _Job:
 
     def _note_codes(self, name: str, packed: PackedTensor) -> None:
         self.codes[name] = packed_line(name, packed)
+        change = self.plan.changes.get(name)
+        if self.plan.moves_codes and (change is None or change.exact is None):
+            self._note_moved(name, packed)
+
+    def _note_moved(self, name: str, packed: PackedTensor) -> None:
+        self.moved[name] = packed_line(name, packed)
+        self.grids.update(grid_entries(packed, name))
 
     def _buffer(self) -> memoryview:
         if not hasattr(self._local, "buffer"):
@@ -418,5 +432,7 @@ class _Job:
             roundings=tuple(self.roundings[name] for name in sorted(self.roundings)),
             fingerprint=fingerprint_of_lines(self.lines.values()),
             codes=fingerprint_of_lines(self.codes.values()) if self.codes else None,
+            moved=fingerprint_of_lines(self.moved.values()) if self.moved else None,
+            grids=self.grids,
             files={target.file.name: target.entry() for target in self.targets},
         )

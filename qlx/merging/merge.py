@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlx.adapters import read_adapter, read_peft_type
+from qlx.adapters import read_peft_type, read_recorded, require_exact_codes
 from qlx.checkpoint import (
     Checkpoint,
     FileEntry,
@@ -33,16 +33,18 @@ from qlx.merging.companions import (
     read_config,
     write_config,
 )
-from qlx.merging.engine import write_merge
+from qlx.merging.engine import Written, write_merge
 from qlx.merging.plan import MergePlan, Onto, choose_onto, plan_merge
 from qlx.merging.proof import Proof, proof_bytes, proofs_within, prove_merge
 from qlx.merging.record import merge_options, untouched_tensors, untouched_text
 from qlx.merging.values import MAX_ERASED, check_codes, require_codes
 from qlx.models import STORED_DTYPE, TorchPredictor, load_model, torch_float
+from qlx.quant import GRID_FILE
 from qlx.verification import base_of, needs_base, replay
 from qlx.verification.base import find_base
 from qlx.verification.metrics import Array
 from qlx.verification.prove import record_noise
+from qlx.weights import write_tensors
 
 __all__ = ["Outline", "adapter_checkpoint", "merge", "outline", "plan_of"]
 
@@ -119,6 +121,7 @@ def merge(
             source = replace(source, known=written.fingerprint)
             require_base(adapter.manifest, source)
             check_codes(plan, written.codes)
+            _keep_grid(staging, adapter.manifest, written)
             options = merge_options(plan, written.roundings, max_erased)
             untouched = untouched_tensors(plan, written.roundings)
             if untouched:
@@ -218,12 +221,23 @@ def _one_adapter(
             yield opened[0]
             return
         adapters = [adapter for adapter, _ in opened]
+        _require_deltas(adapters)
         source = base_of(adapters[0], base)
         assert source is not None
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qlx-combine-")))
         stack.enter_context(naming(scratch / "adapter", "the combined adapter"))
         made = combine(adapters, source, combination or Combination(), scratch / "adapter")
         yield made, all(recorded for _, recorded in opened)
+
+
+def _require_deltas(adapters: Sequence[Checkpoint]) -> None:
+    """Check that adapters can be added up, which those that move codes cannot."""
+    for adapter in adapters:
+        if adapter.manifest.adapter is not None and adapter.manifest.adapter.type == "exact":
+            raise Unsupported(
+                f"{adapter.path}: an exact adapter moves codes and cannot be combined or weighted; merge it alone, "
+                "without --weight and --combine"
+            )
 
 
 @contextmanager
@@ -292,6 +306,7 @@ def plan_of(
     recorded: bool,
     *,
     check_codes: bool = True,
+    to_pack: bool = False,
 ) -> MergePlan:
     """The checked plan for merging `adapter` into `source`; see `merge` for the options.
 
@@ -302,25 +317,46 @@ def plan_of(
         Mismatch: they do not belong together, or quantizing the base gives other codes.
         Unsupported: the adapter uses a feature that cannot be merged.
     """
-    plan = _plan(adapter, source, onto, (dtype, None), recorded)
+    plan = _plan(adapter, source, onto, (dtype, None), recorded, to_pack=to_pack)
     if check_codes:
         require_codes(plan)
     return plan
 
 
 def _plan(
-    adapter: Checkpoint, source: Source, onto: Onto | None, dtypes: Dtypes, recorded: bool
+    adapter: Checkpoint,
+    source: Source,
+    onto: Onto | None,
+    dtypes: Dtypes,
+    recorded: bool,
+    *,
+    to_pack: bool = False,
 ) -> MergePlan:
     manifest = adapter.manifest
+    assert manifest.adapter is not None
     return plan_merge(
         open_base(source.path),
         manifest,
-        read_adapter(adapter.path),
+        read_recorded(adapter.path, manifest.adapter),
         onto=choose_onto(manifest.quantization, onto, recorded),
         dtype=dtypes[0],
         head_dtype=dtypes[1],
         config=read_config(source.path),
+        to_pack=to_pack,
     )
+
+
+def _keep_grid(staging: Path, manifest: Manifest, written: Written) -> None:
+    """Keep the scales that an exact adapter's values are multiples of, for whoever packs them.
+
+    Raises:
+        Mismatch: its codes are not those that training ended with.
+    """
+    if written.moved is None:
+        return
+    assert manifest.adapter is not None
+    require_exact_codes(manifest.adapter, written.moved, manifest.tag)
+    write_tensors(staging / GRID_FILE, dict(sorted(written.grids.items())))
 
 
 def _manifest(adapter: Checkpoint, source: Source, options: dict[str, object]) -> Manifest:

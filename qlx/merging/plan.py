@@ -12,6 +12,7 @@ import torch
 
 from qlx.adapters import (
     AdapterWeights,
+    ExactUpdate,
     LoraDelta,
     TokenRows,
     delta_bias,
@@ -81,6 +82,11 @@ class MergePlan:
         )
 
     @property
+    def moves_codes(self) -> bool:
+        """Whether the adapter is one inside the rounding, whose result lies on the grid of training."""
+        return any(change.exact is not None for change in self.changes.values())
+
+    @property
     def exact(self) -> bool:
         """Whether the merged model computes what training saw: right base, nothing rounded."""
         return (self.onto == "as-trained" or not self.spec.quantized) and not self.rounds
@@ -121,11 +127,13 @@ def plan_merge(
     dtype: str | None,
     config: Mapping[str, object],
     head_dtype: str | None = None,
+    to_pack: bool = False,
 ) -> MergePlan:
     """Decide what happens to each tensor of the base.
 
     `dtype` is float32, bfloat16, float16 or None (each tensor keeps its own), `head_dtype` the same
-    for the head of a language model alone; `config` is the base's `config.json`.
+    for the head of a language model alone; `config` is the base's `config.json`. `to_pack` says that codes are
+    to be written, of which layers that round their inputs can be made again.
 
     Raises:
         Mismatch: a target is not in the base, has another shape, or the adapter lacks a module
@@ -142,10 +150,15 @@ def plan_merge(
             "the adapter began as what quantization took from the base (loftq), so it belongs to the quantized one; "
             "leave --onto original out"
         )
-    if manifest.quantization.activation_bits is not None:
+    if onto == "original" and manifest.adapter.type == "exact":
+        raise Unsupported(
+            "the adapter moves the codes of the quantized base, so it belongs to that; leave --onto original out"
+        )
+    kept = to_pack and manifest.adapter.type == "exact"
+    if manifest.quantization.activation_bits is not None and not kept:
         raise Unsupported(
             "the adapter was trained on layers that round their inputs, which merged weights cannot "
-            "express; keep it separate, or train it without activation_bits"
+            "express; keep it separate, pack it if it is exact, or train it without activation_bits"
         )
     as_trained = onto == "as-trained"
     seen = _seen_otherwise(weights, manifest.quantization) if as_trained else frozenset()
@@ -212,11 +225,12 @@ class _Updates:
     rows: Mapping[str, TokenRows]
     deltas: Mapping[str, LoraDelta]
     addends: Mapping[str, torch.Tensor]
+    exact: Mapping[str, ExactUpdate]
     untouched: tuple[str, ...]
 
     @property
     def names(self) -> set[str]:
-        return {*self.values, *self.rows, *self.deltas, *self.addends}
+        return {*self.values, *self.rows, *self.deltas, *self.addends, *self.exact}
 
     def change(self, name: str, base: _Base, cast: str | None, as_trained: bool) -> Change:
         value, stored = self.values.get(name), base.stored(name)
@@ -233,6 +247,7 @@ class _Updates:
             delta=self.deltas.get(name),
             addend=self.addends.get(name),
             rows=self.rows.get(name),
+            exact=self.exact.get(name),
             copy_of=_known(base.tied).embedding
             if name not in base.weights and value is None
             else None,
@@ -268,15 +283,33 @@ def _config_fields(weights: WeightSet, changes: Mapping[str, Change]) -> dict[st
 def _updates(base: _Base, adapter: AdapterWeights) -> _Updates:
     values = _saved(base, adapter)
     rows = {base.name_of(f"{module}.weight"): found for module, found in adapter.rows.items()}
-    placed = _deltas(base, adapter, values)
-    untouched = tuple(sorted(name for name, delta in placed.items() if delta.empty))
+    placed = {} if adapter.exact else _deltas(base, adapter, values)
+    moves = _exact(base, adapter)
+    still = [name for name, update in (*placed.items(), *moves.items()) if update.empty]
+    untouched = tuple(sorted(still))
+    exact = {name: update for name, update in moves.items() if name not in untouched}
     deltas = {name: delta for name, delta in placed.items() if name not in untouched}
     both = sorted(set(rows) & {*deltas, *values})
     if both:
         raise Unsupported(
             f"{both[0]!r}: trained tokens beside another update of it are not handled"
         )
-    return _Updates(values, rows, deltas, _addends(base.weights, deltas, values), untouched)
+    addends = _addends(base.weights, deltas, values)
+    return _Updates(values, rows, deltas, addends, exact, untouched)
+
+
+def _exact(base: _Base, adapter: AdapterWeights) -> dict[str, ExactUpdate]:
+    """The moves of codes, by tensor name."""
+    found = {}
+    for module, update in adapter.exact.items():
+        name = base.spec.tensors[module]
+        shape = (update.b.shape[0], update.a.shape[1])
+        if name not in base.weights or base.weights[name].shape != shape:
+            raise Mismatch(
+                f"{base.weights.directory}: no tensor {name!r} of shape {[*shape]}, which the adapter moves codes of"
+            )
+        found[name] = update
+    return found
 
 
 def _seen_otherwise(weights: WeightSet, spec: QuantSpec) -> frozenset[str]:

@@ -19,6 +19,7 @@ from qlx.merging.plan import NO_EFFECT, MergePlan
 from qlx.merging.stream import load_tensor
 from qlx.models import STORED_DTYPE, torch_float
 from qlx.quant import (
+    Grid,
     PackedTensor,
     dequantize_tensor,
     packed_fingerprint,
@@ -38,6 +39,7 @@ __all__ = [
     "check_codes",
     "check_effect",
     "erased_share",
+    "exact_codes",
     "inner_product",
     "left_alone",
     "require_codes",
@@ -108,6 +110,15 @@ def codes_as_trained(weights: WeightSet, spec: QuantSpec, name: str) -> PackedTe
         return quantize_tensor(as_loaded(weights, spec, name), spec)
     rows = max(unit, _CODEC_VALUES // prod(shape[1:]) // unit * unit)
     return quantize_rows(lambda cut: read_rows(weights, name, cut).to(dtype), shape, spec, rows)
+
+
+def exact_codes(plan: MergePlan, change: Change) -> PackedTensor:
+    """The codes and scales that an exact adapter leaves of a tensor: those that training ended with."""
+    assert change.exact is not None
+    weights, name = plan.weights, change.source
+    coded = isinstance(weights, CodedWeights) and name in weights.coded
+    weight = None if coded else as_loaded(weights, plan.spec, name)
+    return change.exact.applied(Grid.of(codes_as_trained(weights, plan.spec, name), weight))
 
 
 def base_value(plan: MergePlan, change: Change) -> Tensor:

@@ -34,7 +34,7 @@ from qlx.quant import (
     quantize_model,
     set_compute_dtype,
 )
-from qlx.weights import open_weights, read_tensor, torch_dtype
+from qlx.weights import open_weights, read_tensor, read_tensors, torch_dtype
 
 __all__ = [
     "STORED_DTYPE",
@@ -43,6 +43,7 @@ __all__ = [
     "load_base",
     "load_model",
     "model_config",
+    "original_weights",
     "quantized_fingerprint",
     "torch_float",
     "with_quantized_names",
@@ -422,9 +423,15 @@ def _main_dtype(directory: Path, otherwise: torch.dtype) -> torch.dtype:
 def _adapted(
     checkpoint: Checkpoint, base: Source | None, compute_dtype: torch.dtype, folder: Path | None
 ) -> nn.Module:
-    from qlx.adapters import load_adapter
+    from qlx.adapters import load_adapter, put_exact, read_exact, require_exact_codes
 
     manifest = checkpoint.manifest
+    assert manifest.adapter is not None
+    if manifest.adapter.type == "exact" and folder is not None:
+        raise Unsupported(
+            f"{checkpoint.path}: an exact adapter makes its codes from the base's weights in memory, so it cannot be "
+            "offloaded; pack it, and offload that"
+        )
     source = base or _recorded_base(manifest, checkpoint.path)
     require_base(manifest, source)
     stored = torch_float(str(manifest.quantization.extras.get(STORED_DTYPE, "float32")))
@@ -437,11 +444,34 @@ def _adapted(
         folder=folder,
     )
     _require_same_codes(model, manifest, source)
+    if manifest.adapter.type == "exact":
+        names = tensor_names(model, source.path)
+        adapter = read_exact(checkpoint.path, manifest.adapter)
+        put_exact(model, adapter, original_weights(source.path, names, stored), checkpoint.path)
+        codes = quantized_fingerprint(model, names)
+        require_exact_codes(manifest.adapter, codes, str(checkpoint.path))
+        return computing_in(model, compute_dtype).eval()
     weights = list(model.parameters())
     adapted: nn.Module = load_adapter(model, checkpoint.path)
     if folder is not None:
         lend_layers(adapted.requires_grad_(False), weights)
     return computing_in(adapted, compute_dtype).eval()
+
+
+def original_weights(
+    base: Path, names: Mapping[str, str], dtype: torch.dtype
+) -> Callable[[str], torch.Tensor | None]:
+    """A module's weight before it was quantized, as training loads it: from the base's files, one at a time.
+
+    None where the base's files hold codes. `names` maps parameters in memory to tensors in the files.
+    """
+    coded = stored_codes(base) is not None
+
+    def read(module: str) -> torch.Tensor | None:
+        name = names[f"{module}.weight"]
+        return None if coded else read_tensors(base, [name])[name].to(dtype)
+
+    return read
 
 
 def _recorded_base(manifest: Manifest, path: Path) -> Source:

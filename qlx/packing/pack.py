@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from qlx.adapters import require_exact_codes
 from qlx.checkpoint import (
     Checkpoint,
     Manifest,
@@ -17,6 +18,7 @@ from qlx.checkpoint import (
 )
 from qlx.errors import Unsupported, UsageError
 from qlx.merging.companions import carry_probe, copy_companions, read_config, write_config
+from qlx.packing.exact import exact_spec_for, packs_exactly
 from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
 from qlx.packing.layouts import (
     WHOLE,
@@ -94,11 +96,18 @@ def pack(
         dtype = _dtype_of(companions)
         smaller = "another --gguf-type" if to == "gguf" else "a smaller --group-size"
         selection = select_modules(weights, companions, opened.manifest, spec.group_size, smaller)
+        exact = packs_exactly(opened.manifest, spec)
         causal = opened.manifest.task == "causal-lm"
         spec = fitted_to(spec, dtype=dtype, causal=causal, biased=selection.biased)
+        if exact:
+            spec = exact_spec_for(opened, spec, selection)
         tell(f"packing {len(selection.tensors)} of {len(weights.names())} tensors to {to}")
         spec = _complete(spec, selection)
-        spec, layers = _write(staging, weights, companions, selection, spec, opened.manifest.tag)
+        spec, layers = _write(
+            staging, weights, companions, selection, spec, opened.manifest.tag, exact=exact
+        )
+        if exact and opened.manifest.adapter is not None:
+            require_exact_codes(opened.manifest.adapter, spec.fingerprint or "", str(opened.path))
         for line in _layer_lines(layers):
             tell(line)
         copy_companions(staging, companions)
@@ -147,12 +156,18 @@ def _write(
     selection: Selection,
     spec: QuantSpec,
     tag: str,
+    *,
+    exact: bool,
 ) -> tuple[QuantSpec, list[LayerRetention]]:
-    """Write the weights in the layout of `spec`; that with the fingerprint of the codes, and what survives."""
+    """Write the weights in the layout of `spec`; that with the fingerprint of the codes, and what survives.
+
+    `exact` takes the codes that an exact adapter left; nothing is rounded then.
+    """
     if spec.backend == "gguf":
         return spec, write_gguf(staging, weights, companions, selection, spec, tag)
     layers: list[LayerRetention] = []
-    fingerprint = _write_codes(staging, weights, selection, spec, layers)
+    rounded = weights.codes if exact else lambda name: None
+    fingerprint = _write_codes(staging, weights, selection, spec, layers, rounded)
     return spec.model_copy(update={"fingerprint": fingerprint}), layers
 
 
@@ -162,8 +177,12 @@ def _write_codes(
     selection: Selection,
     spec: QuantSpec,
     layers: list[LayerRetention],
+    rounded: Callable[[str], PackedTensor | None],
 ) -> str:
-    """Write all tensors, packed ones packed; fills `layers`, returns the fingerprint of the codes."""
+    """Write all tensors, packed ones packed; fills `layers`, returns the fingerprint of the codes.
+
+    `rounded` gives the codes of a tensor where they are known already.
+    """
     writer = ShardWriter(staging)
     chosen = set(selection.tensors.values())
 
@@ -173,7 +192,7 @@ def _write_codes(
                 writer.add({name: weights.value(name, full=False)})
                 continue
             merged = weights.value(name, full=True)
-            result = _packed(merged, spec)
+            result = rounded(name) or _packed(merged, spec)
             before = weights.before(name)
             if before is not None:
                 layers.append(layer_retention(name, before, merged, dequantize_tensor(result)))

@@ -13,8 +13,10 @@ from qlx.errors import InputRefused, Mismatch
 from qlx.merging import MergePlan, adapter_checkpoint, as_trained, base_value, merged_value, plan_of
 from qlx.merging.coded import open_base
 from qlx.merging.stream import load_tensor
+from qlx.merging.values import codes_as_trained, exact_codes
+from qlx.quant import GRID_FILE, PackedTensor, grid_names, packed_on_grid
 from qlx.verification import base_of, later_steps, needs_base
-from qlx.weights import WeightSet, open_weights
+from qlx.weights import WeightSet, open_weights, read_header, read_tensors
 
 __all__ = ["Weights", "WholeWeights", "weights_to_pack"]
 
@@ -41,6 +43,10 @@ class Weights(Protocol):
 
     def before(self, name: str) -> Tensor | None:
         """The fp32 value without the adapter, as training saw it; None if unknown or the same."""
+        ...
+
+    def codes(self, name: str) -> PackedTensor | None:
+        """The codes that an exact adapter left of a tensor quantized in training; None of any other."""
         ...
 
 
@@ -81,6 +87,15 @@ class WholeWeights:
             return load_tensor(self.base, name).float()
         return as_trained(self.base, self.manifest.quantization, name)
 
+    def codes(self, name: str) -> PackedTensor | None:
+        """Those whose values the file holds, told by the scales that the merge kept beside it."""
+        spec, adapter = self.manifest.quantization, self.manifest.adapter
+        if adapter is None or adapter.type != "exact" or name not in spec.tensors:
+            return None
+        file = self.directory / GRID_FILE
+        entries = read_tensors(file, grid_names(read_header(file).tensors, name))
+        return packed_on_grid(entries, name, load_tensor(self.weights, name), spec)
+
 
 def _onto_original(manifest: Manifest) -> bool:
     return any(step.options.get("onto") == "original" for step in later_steps(manifest))
@@ -117,7 +132,18 @@ class MergedOnTheFly:
     def before(self, name: str) -> Tensor | None:
         """The base's value that the delta is added to."""
         change = self.plan.changes.get(name)
-        return None if change is None or change.delta is None else base_value(self.plan, change)
+        moved = change is not None and (change.delta is not None or change.exact is not None)
+        return base_value(self.plan, change) if change is not None and moved else None
+
+    def codes(self, name: str) -> PackedTensor | None:
+        """Those that the adapter makes of the base's."""
+        plan = self.plan
+        if not plan.moves_codes or name not in plan.spec.tensors:
+            return None
+        change = plan.changes.get(name)
+        if change is None or change.exact is None:
+            return codes_as_trained(plan.weights, plan.spec, name)
+        return exact_codes(plan, change)
 
 
 @contextmanager
@@ -144,7 +170,8 @@ def weights_to_pack(
     with adapter_checkpoint(checkpoint.path, base) as (adapter, recorded):
         source = base_of(adapter, base)
         assert source is not None
-        yield MergedOnTheFly(plan_of(adapter, source, None, None, recorded)), adapter.path
+        plan = plan_of(adapter, source, None, None, recorded, to_pack=True)
+        yield MergedOnTheFly(plan), adapter.path
 
 
 def _base_weights(checkpoint: Checkpoint, base: str | Path | None) -> WeightSet | None:

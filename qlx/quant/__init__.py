@@ -20,6 +20,8 @@ from qlx.quant.compressed import compressed_entries, compressed_section, packed_
 from qlx.quant.export_linear import IntegerMatMul, PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.fit import fitted_ternary
+from qlx.quant.grid import EXACT_SCHEMES, Grid
+from qlx.quant.grid_file import GRID_FILE, grid_entries, grid_names, packed_on_grid
 from qlx.quant.hf import bnb_config
 from qlx.quant.integer_linear import IntegerLinear
 from qlx.quant.integers import (
@@ -52,17 +54,21 @@ from qlx.quant.layout import (
     packed_from_entries,
 )
 from qlx.quant.pieces import packed_rows, quantize_rows, row_unit, value_unit
+from qlx.quant.recompute import linear_learned
 from qlx.quant.stored import STORED_BACKENDS, StoredQuantization, stored_quantization
 from qlx.quant.threads import one_torch_thread
 from qlx.quant.words import packed_from_awq, packed_from_gptq
 
 __all__ = [
     "BLOCK_SIZES",
+    "EXACT_SCHEMES",
     "FOUR_BIT",
+    "GRID_FILE",
     "HEAD_NAMES",
     "SCALE_DTYPE",
     "SCHEMES",
     "STORED_BACKENDS",
+    "Grid",
     "IntegerLinear",
     "IntegerMatMul",
     "Keep",
@@ -80,6 +86,8 @@ __all__ = [
     "eligible_modules",
     "entry_names",
     "fitted_ternary",
+    "grid_entries",
+    "grid_names",
     "guard_bitsandbytes",
     "head_modules",
     "in_memory",
@@ -87,6 +95,7 @@ __all__ = [
     "kept",
     "levels",
     "linear4bit_modules",
+    "linear_learned",
     "materialize",
     "names_part",
     "one_torch_thread",
@@ -103,6 +112,7 @@ __all__ = [
     "packed_linears",
     "packed_modules",
     "packed_of_module",
+    "packed_on_grid",
     "packed_rows",
     "quantize_activations",
     "quantize_model",

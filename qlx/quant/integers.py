@@ -29,6 +29,7 @@ __all__ = [
     "SCALE_DTYPE",
     "IntegerScheme",
     "PackedIntegers",
+    "code_range",
     "materialize",
     "packed_from_codes",
     "quantize_integers",
@@ -150,7 +151,7 @@ def quantize_integers(weight: Tensor, spec: QuantSpec) -> PackedIntegers:
         (_symmetric_scales(blocks, scheme), None) if symmetric else _asymmetric(blocks, scheme)
     )
     scales = _rounded(scales, str(spec.extras.get(SCALE_DTYPE, "float32")))
-    low, high = _RANGES[scheme] if symmetric else _grid(scheme)
+    low, high = code_range(scheme, symmetric=symmetric)
     codes = (blocks * _inverse(scales)).round()
     codes = (codes if zeros is None else codes + zeros).clamp(low, high)
     shape = (int(weight.shape[0]), int(weight.shape[1]))
@@ -184,6 +185,11 @@ def _symmetric_scales(blocks: Tensor, scheme: IntegerScheme) -> Tensor:
         mean = blocks.abs().mean(dim=-1, keepdim=True, dtype=torch.float64).float()
         return 1.0 / (1.0 / mean.clamp(min=_SMALLEST_MEAN))  # BitNet's: 1 / scale is 1 / mean
     return blocks.abs().amax(dim=-1, keepdim=True) / _LARGEST[scheme]
+
+
+def code_range(scheme: IntegerScheme, *, symmetric: bool) -> tuple[int, int]:
+    """The lowest and the highest code of a scheme."""
+    return _RANGES[scheme] if symmetric else _grid(scheme)
 
 
 def _grid(scheme: IntegerScheme) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A product with a weight that is made twice instead of kept: once forward, once backward."""
+"""Products with a weight that is made twice instead of kept: once forward, once backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear_remade"]
+__all__ = ["linear_learned", "linear_remade"]
 
 
 class _RemadeLinear(torch.autograd.Function):
@@ -33,4 +33,36 @@ def linear_remade(x: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Ten
     backward pass, whatever autocast says the product stays in the dtype of x.
     """
     apply: Callable[..., Tensor] = _RemadeLinear.apply
+    return apply(x, make, *parts)
+
+
+class _LearnedLinear(torch.autograd.Function):
+    """x @ W^T where W is made of parts that learn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parts)
+        ctx.make = make
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, make(*parts).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, *parts = ctx.saved_tensors
+        leaves = [part.detach().requires_grad_() for part in parts]
+        with torch.enable_grad():
+            weight = ctx.make(*leaves)
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = flat.T @ x.reshape(-1, x.shape[-1])
+        found = torch.autograd.grad(weight, leaves, of_weight.to(weight.dtype))
+        return gradient @ weight.detach().to(gradient.dtype), None, *found
+
+
+def linear_learned(x: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+    """X [..., in] times the transpose of `make(*parts)` [out, in], in the dtype of x.
+
+    The parts learn through `make`. Of the weight's size nothing is saved for the backward pass.
+    """
+    apply: Callable[..., Tensor] = _LearnedLinear.apply
     return apply(x, make, *parts)

@@ -199,6 +199,8 @@ class AdapterSection(_Section):
 
     Of a `vera` adapter all layers share two frozen random matrices of `rank`, drawn with
     `projection_prng_key`; two vectors a layer are trained, the inner one beginning at `d_initial`.
+    `exact` puts a LoRA inside the rounding of a quantized base: what is trained is what the packed format holds, so
+    that merging and packing change nothing; scales of integer codes learn with it (`learned_scales`).
     `init_lora_weights` are PEFT's names (`true` is `default`). `new_tokens` are texts that become single
     tokens of a language model; their rows in embedding and head are trained with the adapter.
     """
@@ -211,6 +213,8 @@ class AdapterSection(_Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    exact: bool = False
+    learned_scales: bool = True
     init_lora_weights: Initialisation = "default"
     rank_pattern: dict[Pattern, Positive] = Field(default_factory=dict)
     alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
@@ -241,6 +245,16 @@ class AdapterSection(_Section):
             )
         if len(set(self.new_tokens)) != len(self.new_tokens):
             raise misfit("new_tokens", "names a token twice")
+        if not self.learned_scales and not self.exact:
+            raise misfit(
+                "learned_scales", "is for exact adapters; add exact: true, or leave it out"
+            )
+        for name in _NOT_EXACT if self.exact else ():
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True):
+                raise misfit(
+                    name,
+                    "does not apply to an exact adapter; leave one of the two out",
+                )
         return self
 
     @property
@@ -257,8 +271,9 @@ class AdapterSection(_Section):
 
 
 _LORA_ONLY = (
-    "alpha", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "new_tokens",
+    "alpha", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern", "new_tokens", "exact",
 )  # fmt: skip
+_NOT_EXACT = ("dropout", "bias", "use_dora", "init_lora_weights", "new_tokens")
 _VERA_ONLY = ("d_initial", "projection_prng_key")
 
 
@@ -432,6 +447,14 @@ class Recipe(_Section):
             )
         if adapter.new_tokens and self.task != "causal-lm":
             raise misfit("adapter.new_tokens", f"are for language models, not for {self.task}")
+        if adapter.exact and self.quantization is not None:
+            if self.quantization.quant_type == "fp4":
+                raise misfit("adapter.exact", "takes nf4, int8, int4 or ternary codes, not fp4")
+            if not self.quantization.symmetric:
+                raise misfit(
+                    "adapter.exact",
+                    "takes symmetric codes; leave out symmetric: false",
+                )
 
     def _check_offload(self) -> None:
         """Offloaded weights are read twice a step and never written, nor looked at between layers."""
@@ -444,7 +467,7 @@ class Recipe(_Section):
             why = "needs training.gradient_checkpointing: true, or every weight would be kept until the backward pass"
             raise misfit("base.offload", why)
         asked = {"use_dora": adapter.use_dora, "new_tokens": adapter.new_tokens}
-        asked |= {"init_lora_weights": adapter.initialisation == "pissa"}
+        asked |= {"init_lora_weights": adapter.initialisation == "pissa", "exact": adapter.exact}
         wrong = [name for name, value in asked.items() if value]
         if wrong:
             raise misfit(f"adapter.{wrong[0]}", "needs the base in memory; leave out base.offload")

@@ -1,6 +1,6 @@
 """A training made ready: base resolved, data prepared, model loaded, quantized and adapted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qlx.models import (
     is_plain_vit,
     lend_layers,
     load_base,
+    original_weights,
     read_config,
     stored_codes,
     tensor_names,
@@ -40,7 +41,6 @@ from qlx.training.material import (
 from qlx.training.progress import Reporter
 from qlx.training.trainable import require_only_adapter
 from qlx.training.work import OFFLOADED
-from qlx.weights import read_tensors
 
 __all__ = ["Job", "model_again", "new_head", "prepare", "quant_spec", "starts_from_vit"]
 
@@ -193,7 +193,8 @@ def _from_base(recipe: Recipe, material: Material, source: Source, offloaded: Pa
     if recipe.adapter is not None:
         weights = list(model.parameters())
         new_ids = material.new_ids if isinstance(material, TextMaterial) else ()
-        model = _adapted(model, recipe, _original(source.path, names), new_ids)
+        original = original_weights(source.path, names, torch_float(recipe.base.dtype))
+        model = _adapted(model, recipe, original, new_ids)
         require_only_adapter(model, recipe.adapter)
         if recipe.base.offload != "none":
             lend_layers(model, weights)
@@ -227,7 +228,7 @@ def _from_plain_vit(recipe: Recipe, material: KeypointMaterial, source: Source) 
 def _adapted(
     model: nn.Module,
     recipe: Recipe,
-    original: Callable[[str], torch.Tensor],
+    original: Callable[[str], torch.Tensor | None],
     new_ids: Sequence[int],
 ) -> nn.Module:
     assert recipe.adapter is not None
@@ -237,16 +238,6 @@ def _adapted(
             model, recipe.adapter, task=recipe.task, original=original, new_ids=new_ids
         )
     return adapted
-
-
-def _original(base: Path, names: Mapping[str, str]) -> Callable[[str], torch.Tensor]:
-    """A module's weight as it lies in the base's files, which are read one tensor at a time."""
-
-    def read(module: str) -> torch.Tensor:
-        name = names[f"{module}.weight"]
-        return read_tensors(base, [name])[name]
-
-    return read
 
 
 def _generation(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qlx.adapters import adapter_spec, join_halves, save_adapter
+from qlx.adapters import adapter_spec, exact_spec, join_halves, parameter_counts, save_adapter
 from qlx.checkpoint import (
     PROBE_FILE,
     AdapterSpec,
@@ -216,7 +216,7 @@ def _write_weights(job: Job, staging: Path) -> None:
 
 def _probe(job: Job) -> Probe:
     batch = job.material.probe(job.recipe)
-    if job.recipe.adapter is not None:
+    if job.recipe.adapter is not None and not job.recipe.adapter.exact:
         join_halves(job.model)  # what is stored of PiSSA
     return make_probe(
         job.model, job.recipe.task, batch.inputs, batch.labels, job.recipe.adapter is not None
@@ -299,6 +299,8 @@ def _portable(recipe: Recipe) -> dict[str, Any]:
 def _adapter_spec(job: Job) -> AdapterSpec:
     if job.recipe.adapter is not None:
         section, started = job.recipe.adapter, job.recipe.adapter.initialisation
+        if section.exact:
+            return exact_spec(job.model, section, job.names, parameter_counts(job.model))
         return adapter_spec(
             job.model,
             job.names,

@@ -34,6 +34,8 @@ def _kind(adapter: AdapterSection) -> str:
     """What adapters of its kind are called; what a LoRA began as goes before how it is scaled."""
     if adapter.type == "vera":
         return "VeRa"
+    if adapter.exact:
+        return "ExactLoRa"
     started = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(adapter.initialisation)
     scaled = "rsLoRa" if adapter.use_rslora else "LoRa"
     return started or ("DoRa" if adapter.use_dora else scaled)

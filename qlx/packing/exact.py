@@ -1,0 +1,47 @@
+"""Packing what an adapter inside the rounding was trained to: the codes are there, nothing is rounded again."""
+
+from qlx.checkpoint import Checkpoint, Manifest, QuantSpec
+from qlx.errors import Unsupported
+from qlx.packing.select import Selection
+from qlx.quant import SCALE_DTYPE
+
+__all__ = ["exact_spec_for", "packs_exactly"]
+
+
+def packs_exactly(manifest: Manifest, wanted: QuantSpec) -> bool:
+    """Whether `wanted` is the grid that an exact adapter was trained on."""
+    trained, adapter = manifest.quantization, manifest.adapter
+    return (
+        adapter is not None
+        and adapter.type == "exact"
+        and (trained.scheme, trained.group_size, trained.double_quant)
+        == (wanted.scheme, wanted.group_size, wanted.double_quant)
+    )
+
+
+def exact_spec_for(checkpoint: Checkpoint, wanted: QuantSpec, selection: Selection) -> QuantSpec:
+    """`wanted` for codes and scales that stay as training left them.
+
+    Raises:
+        Unsupported: the layout holds scales in another dtype, or a layer that was quantized would not be packed.
+    """
+    trained = checkpoint.manifest.quantization
+    kept = _scales(trained)
+    if wanted.backend != "bitsandbytes" and _scales(wanted) != kept:
+        raise Unsupported(
+            f"{checkpoint.path}: its scales were trained in {kept}, and a file of {_scales(wanted)} weights holds them in "
+            f"that; train with quantization.scale_dtype: {_scales(wanted)}, or merge with --dtype {kept} and pack that"
+        )
+    left = sorted(set(trained.tensors) - set(selection.tensors.values()))
+    if left:
+        raise Unsupported(
+            f"{checkpoint.path}: {left[0]!r} was quantized in training and cannot be packed"
+        )
+    rounds = {"activation_bits": trained.activation_bits}
+    if wanted.backend == "bitnet" and trained.activation_bits is None:
+        rounds |= {"backend": "compressed-tensors"}  # BitNet's layers would round their inputs
+    return wanted.model_copy(update=rounds)
+
+
+def _scales(spec: QuantSpec) -> str:
+    return str(spec.extras.get(SCALE_DTYPE, "float32"))
