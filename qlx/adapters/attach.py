@@ -302,7 +302,9 @@ def _stored(peft_model: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def save_adapter(peft_model: Any, directory: Path, *, base_name: str | None = None) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, the same bytes every time; an exact one's own file.
+    """Write `adapter_config.json` and `adapter_model.safetensors`, or an exact adapter's own file.
+
+    The same adapter gives the same bytes every time.
 
     `base_name` becomes `base_model_name_or_path`; an absolute path never does, nor does the name
     of a class to import. The result is read back strictly.

@@ -51,6 +51,7 @@ __all__ = [
     "attach_exact",
     "exact_layers",
     "exact_spec",
+    "not_quantized",
     "put_exact",
     "read_exact",
     "require_exact_codes",
@@ -182,10 +183,7 @@ def attach_exact(
     ]
     plain = [name for name in chosen if name not in packed]
     if plain or not chosen:
-        raise Unsupported(
-            f"adapter.exact: {plain[0] if plain else 'no target'!r} is not quantized, so there are no codes to move; "
-            f"quantize it to one of {', '.join(EXACT_SCHEMES)}, or leave it out of adapter.target_modules"
-        )
+        raise Unsupported(not_quantized(plain[0] if plain else "model"))
     model.requires_grad_(False)
     for name in chosen:
         layer = _exact(name, packed[name], section, original(name))
@@ -198,6 +196,14 @@ def attach_exact(
     model.is_loaded_in_4bit = False  # type: ignore[assignment]  # what is trained is not bitsandbytes'
     model.disable_adapter = partial(_without, model, before)  # type: ignore[assignment]
     return model
+
+
+def not_quantized(name: str) -> str:
+    """What is said of a target that has no codes."""
+    return (
+        f"adapter.exact: {name!r} is not quantized, so there are no codes to move; quantize it to one of "
+        f"{', '.join(EXACT_SCHEMES)}, or leave it out of adapter.target_modules"
+    )
 
 
 def _exact(

@@ -47,8 +47,8 @@ class AdapterWeights:
     """An adapter: its configuration, an update per module, parameters saved whole, embedding rows.
 
     `deltas` and `rows` by module name (that of the parameter itself for fused experts), `saved` by
-    parameter name, all as in the model in memory; `exact` are updates of packed weights. A saved parameter replaces the base's before any
-    delta is added to it.
+    parameter name, all as in the model in memory; `exact` are updates of packed weights, by module. A
+    saved parameter replaces the base's before any delta is added to it.
     """
 
     config: AdapterConfig

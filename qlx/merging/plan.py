@@ -285,7 +285,8 @@ def _updates(base: _Base, adapter: AdapterWeights) -> _Updates:
     rows = {base.name_of(f"{module}.weight"): found for module, found in adapter.rows.items()}
     placed = {} if adapter.exact else _deltas(base, adapter, values)
     moves = _exact(base, adapter)
-    still = [name for name, update in (*placed.items(), *moves.items()) if update.empty]
+    still = [name for name, delta in placed.items() if delta.empty]
+    still += [name for name, update in moves.items() if update.empty]
     untouched = tuple(sorted(still))
     exact = {name: update for name, update in moves.items() if name not in untouched}
     deltas = {name: delta for name, delta in placed.items() if name not in untouched}

@@ -2,10 +2,19 @@
 
 from qlx.checkpoint import Checkpoint, Manifest, QuantSpec
 from qlx.errors import Unsupported
+from qlx.packing.layouts import WHOLE, GroupSize
 from qlx.packing.select import Selection
 from qlx.quant import SCALE_DTYPE
 
-__all__ = ["exact_spec_for", "packs_exactly"]
+__all__ = ["exact_spec_for", "packs_exactly", "trained_group"]
+
+
+def trained_group(manifest: Manifest, scheme: str) -> GroupSize:
+    """The group size that an exact adapter was trained with, where it was trained on `scheme`; else None."""
+    trained, adapter = manifest.quantization, manifest.adapter
+    if adapter is None or adapter.type != "exact" or trained.scheme != scheme:
+        return None
+    return trained.group_size or WHOLE
 
 
 def packs_exactly(manifest: Manifest, wanted: QuantSpec) -> bool:
@@ -26,18 +35,18 @@ def exact_spec_for(checkpoint: Checkpoint, wanted: QuantSpec, selection: Selecti
         Unsupported: the layout holds scales in another dtype, or a layer that was quantized would not be packed.
     """
     trained = checkpoint.manifest.quantization
-    kept = _scales(trained)
-    if wanted.backend != "bitsandbytes" and _scales(wanted) != kept:
+    kept, held = _scales(trained), _scales(wanted)
+    if wanted.backend != "bitsandbytes" and held != kept:
         raise Unsupported(
-            f"{checkpoint.path}: its scales were trained in {kept}, and a file of {_scales(wanted)} weights holds them in "
-            f"that; train with quantization.scale_dtype: {_scales(wanted)}, or merge with --dtype {kept} and pack that"
+            f"{checkpoint.path}: its scales were trained in {kept}, and a file of {held} weights holds them in {held}; "
+            f"train with quantization.scale_dtype: {held}, or merge with --dtype {kept} and pack that"
         )
     left = sorted(set(trained.tensors) - set(selection.tensors.values()))
     if left:
         raise Unsupported(
             f"{checkpoint.path}: {left[0]!r} was quantized in training and cannot be packed"
         )
-    rounds = {"activation_bits": trained.activation_bits}
+    rounds: dict[str, object] = {"activation_bits": trained.activation_bits}
     if wanted.backend == "bitnet" and trained.activation_bits is None:
         rounds |= {"backend": "compressed-tensors"}  # BitNet's layers would round their inputs
     return wanted.model_copy(update=rounds)

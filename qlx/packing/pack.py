@@ -18,7 +18,7 @@ from qlx.checkpoint import (
 )
 from qlx.errors import Unsupported, UsageError
 from qlx.merging.companions import carry_probe, copy_companions, read_config, write_config
-from qlx.packing.exact import exact_spec_for, packs_exactly
+from qlx.packing.exact import exact_spec_for, packs_exactly, trained_group
 from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
 from qlx.packing.layouts import (
     WHOLE,
@@ -139,6 +139,8 @@ def _spec(
     if to != "gguf":
         if gguf_type is not None:
             raise UsageError("--gguf-type belongs to --to gguf; leave it out")
+        if group_size is None:
+            group_size = trained_group(manifest, to)
         return spec_for(to, manifest.quantization, group_size, double_quant)
     if group_size is not None or double_quant is not None:
         raise UsageError(

@@ -81,7 +81,7 @@ class Setup:
     Attributes:
         weights: storage of the linear weights.
         rank: rank of the adapter; 0 trains all parameters.
-        adapter: "lora", "pissa" (a frozen half beside the trained one) or "vera".
+        adapter: "lora", "pissa" (a frozen half beside the trained one), "vera" or "exact" (inside the rounding).
         roles: parts of a layer that get an adapter.
         tokens, batch: sequence length T and sequences B of one step on one device.
         checkpointing: activations are recomputed layer by layer in the backward pass.
@@ -186,7 +186,17 @@ def adapter_parameters(shape: Shape, setup: Setup) -> tuple[int, int]:
     if setup.adapter == "vera":
         return shape.vera_parameters(setup.rank, setup.roles)
     trained = shape.adapter_parameters(setup.rank, setup.roles)
+    if setup.adapter == "exact":  # the fraction of each adapted weight takes a byte
+        return trained, shape.adapted_parameters(setup.roles) // 4
     return trained, trained if setup.adapter == "pissa" else 0
+
+
+def _made_bytes(setup: Setup) -> int:
+    """Bytes of one value of a weight while it is made: as it is computed with, or with what moves its codes.
+
+    Those are the correction in float64 and float32, its place, code and value, and their gradients.
+    """
+    return 32 if setup.adapter == "exact" else setup.compute_bytes
 
 
 def plan_shape(shape: Shape, setup: Setup) -> Plan:
@@ -207,7 +217,7 @@ def plan_shape(shape: Shape, setup: Setup) -> Plan:
         gradients=trained * 4,
         optimizer=trained * OPTIMIZER_BYTES[setup.optimizer],
         activations=activation_bytes(shape, setup),
-        dequantized_layer=largest * setup.compute_bytes if materialized else 0,
+        dequantized_layer=largest * _made_bytes(setup) if materialized else 0,
         runtime=RUNTIME_BYTES[setup.device],
     )
     return Plan(

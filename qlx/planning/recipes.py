@@ -101,6 +101,8 @@ def _scratch_shape(section: ArchitectureSection) -> Shape:
 def _kind(adapter: AdapterSection | None) -> str:
     if adapter is None or adapter.type == "vera":
         return "lora" if adapter is None else "vera"
+    if adapter.exact:
+        return "exact"
     return "pissa" if adapter.initialisation == "pissa" else "lora"
 
 

@@ -97,6 +97,11 @@ class Shape:
         """Parameters of LoRA at `rank` on `roles`: Σ r (d_in + d_out) (Hu et al. 2021, §4.2)."""
         return self.layers * sum(rank * sum(self.linears[r]) for r in roles if r in self.linears)
 
+    def adapted_parameters(self, roles: tuple[str, ...]) -> int:
+        """Weights of the layers that get an adapter on `roles`: Σ d_in d_out."""
+        sizes = (self.linears[role] for role in roles if role in self.linears)
+        return self.layers * sum(inputs * outputs for inputs, outputs in sizes)
+
     def vera_parameters(self, rank: int, roles: tuple[str, ...]) -> tuple[int, int]:
         """Parameters of VeRA that are trained, Σ (r + d_out), and those that all layers share.
 

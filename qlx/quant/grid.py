@@ -159,13 +159,7 @@ class Grid:
     def _place_of(self, weight: Tensor) -> Tensor:
         """The place of every value of a weight, float32 [out, in]."""
         if isinstance(self.packed, PackedIntegers):
-            packed = self.packed
-            every = torch.ones(packed.shape, device=weight.device)
-            places = weight / materialize(every, packed.scales, None, packed.groups)
-            places = places.nan_to_num(0.0, 0.0, 0.0)
-            if packed.zeros is None:
-                return places
-            return places + materialize(every, packed.zeros.float(), None, packed.groups)
+            return _integer_place(self.packed, weight)
         packed = _four_bit(self.packed)
         level = levels(packed.scheme).to(weight.device)
         ratio = (weight / _spread(packed)).nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)
@@ -174,6 +168,15 @@ class Grid:
 
 
 _ZERO = 7  # NF4's code of zero
+
+
+def _integer_place(packed: PackedIntegers, weight: Tensor) -> Tensor:
+    every = torch.ones(packed.shape, device=weight.device)
+    places = weight / materialize(every, packed.scales, None, packed.groups)
+    places = places.nan_to_num(0.0, 0.0, 0.0)  # a group of zeros has scale 0
+    if packed.zeros is None:
+        return places
+    return places + materialize(every, packed.zeros.float(), None, packed.groups)
 
 
 def _four_bit(packed: PackedTensor) -> Packed4bit:

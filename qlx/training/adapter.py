@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlx.adapters import adapter_spec
+from qlx.adapters import EXACT_FILE, adapter_spec
 from qlx.adapters import load_adapter as attach_from
 from qlx.adapters import save_adapter as write_adapter
 from qlx.checkpoint import (
@@ -92,7 +92,7 @@ def _from_run(run: Checkpoint, output: Path, base: str | None, force: bool) -> C
     if base is not None:
         require_base(manifest, resolve_source(base))
     step = next_step("save-adapter", parents=(run.digest,))
-    wanted = {*_ADAPTER_FILES, *_CARRIED, CONFIG_FILE, PROBE_FILE}
+    wanted = {*_ADAPTER_FILES, EXACT_FILE, *_CARRIED, CONFIG_FILE, PROBE_FILE}
     with new_checkpoint(output, force=force) as staging:
         for name in sorted(wanted & manifest.files.keys()):
             (staging / name).write_bytes((run.path / name).read_bytes())

@@ -1,5 +1,6 @@
 """`qlx train --dry-run`: everything about a recipe that can be checked without loading weights."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from qlx.checkpoint import Source, hub_name, resolve_source
-from qlx.errors import require
+from qlx.errors import Unsupported, require
 from qlx.inputs import (
     TOKENIZER_FILE,
     ImagePreprocessor,
@@ -140,15 +141,43 @@ def _check_model(recipe: Recipe, base: Path | None, train: Loaded) -> _Findings:
         quantized = tuple(eligible_modules(model, section.skip_modules, section.values_per_scale))
     adapted: tuple[str, ...] = ()
     if recipe.adapter is not None and base is not None:
+        plain = recipe.adapter.model_copy(update={"exact": False})  # on weights without values
         model = attach_adapter(
             model,
-            recipe.adapter,
+            plain,
             task=recipe.task,
             original=_unread,
             new_ids=_new_ids(recipe, base),
         )
         adapted = tuple(adapted_modules(model))
-    return _Findings(adapted, quantized, *parameter_counts(model))
+    trained, total = parameter_counts(model)
+    if recipe.adapter is not None and recipe.adapter.exact:
+        scales = _learned_scales(model, recipe, adapted, quantized)
+        trained, total = trained + scales, total + scales
+    return _Findings(adapted, quantized, trained, total)
+
+
+def _learned_scales(
+    model: Any, recipe: Recipe, adapted: Iterable[str], quantized: Iterable[str]
+) -> int:
+    """How many scales an exact adapter learns.
+
+    Raises:
+        Unsupported: it would move the codes of a layer that has none.
+    """
+    from qlx.adapters import not_quantized
+
+    plain = sorted(set(adapted) - set(quantized))
+    if plain:
+        raise Unsupported(not_quantized(plain[0]))
+    section, adapter = recipe.quantization, recipe.adapter
+    if section is None or section.quant_type == "nf4" or not (adapter and adapter.learned_scales):
+        return 0
+    group, inner = section.values_per_scale, model.get_base_model()
+    if group is None and section.quant_type == "ternary":
+        return len(list(adapted))
+    shapes = (inner.get_submodule(name).get_base_layer().weight.shape for name in adapted)
+    return sum(rows * (columns // (group or columns)) for rows, columns in shapes)
 
 
 def _new_ids(recipe: Recipe, base: Path) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlx.adapters import exact_layers
 from qlx.errors import Unsupported
 from qlx.quant.layers import linear4bit_modules
 
@@ -47,6 +48,10 @@ def _check(model: nn.Module) -> None:
         raise Unsupported(
             "--shard: DoRA asks bitsandbytes for whole weights; choose quantization.quant_type int4, leave out "
             "adapter.use_dora, or train without --shard"
+        )
+    if exact_layers(model):
+        raise Unsupported(
+            "--shard: an exact adapter makes each weight from all of its factors; train without --shard"
         )
     dtypes = {str(value.dtype) for value in model.parameters() if value.requires_grad}
     if len(dtypes) > 1:
