@@ -8,6 +8,7 @@ from torch import nn
 
 from qlx.adapters import adapted_modules, is_frozen_part, parameter_counts
 from qlx.errors import CheckFailed
+from qlx.quant import names_part
 from qlx.recipe import AdapterSection
 
 __all__ = [
@@ -105,6 +106,8 @@ def _asked_for(name: str, section: AdapterSection, adapted: Iterable[str]) -> bo
     parts = name.split(".")
     if is_frozen_part(name):
         return False
+    if section.exact and any(names_part(name, saved) for saved in section.modules_to_save):
+        return True
     if any(part.startswith(_ADAPTER) or part == "modules_to_save" for part in parts):
         return True
     if _TOKENS in parts:

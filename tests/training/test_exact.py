@@ -1,0 +1,273 @@
+"""Adapters inside the rounding: what was trained is what merging and packing hold, bit for bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from qlx.adapters import EXACT_FILE, read_exact
+from qlx.checkpoint import open_checkpoint, read_probe, resolve_source
+from qlx.errors import CheckFailed, CorruptCheckpoint, Mismatch, Unsupported
+from qlx.exporting import export_onnx
+from qlx.merging import Combination, merge
+from qlx.models import forward_logits, load_model, stored_codes
+from qlx.packing import pack
+from qlx.quant import GRID_FILE, packed_modules, packed_of_module
+from qlx.recipe import Recipe
+from qlx.training import check, save_adapter, train
+from qlx.verification import replay, verify
+from qlx.weights import open_weights, read_tensors, write_tensors
+from tests.conftest import DIGITS_RUN, PYTHON_RUN, TENNIS_RUN, recipe_of
+
+SCHEMES = {
+    "nf4": {"quant_type": "nf4"},
+    "int8": {"quant_type": "int8"},
+    "int4": {"quant_type": "int4", "group_size": 32},
+    "ternary": {"quant_type": "ternary", "group_size": 32},
+}
+TASKS = {"digits": DIGITS_RUN, "python": PYTHON_RUN, "tennis": TENNIS_RUN}
+QUICK = {("digits", "nf4"), ("digits", "int4"), ("python", "ternary")}
+EXACT = {"rank": 4, "alpha": 6, "exact": True}
+
+
+def cells():
+    for task in TASKS:
+        for scheme in SCHEMES:
+            marks = () if (task, scheme) in QUICK else pytest.mark.exhaustive
+            yield pytest.param(task, scheme, marks=marks)
+
+
+def recipe_for(task, scheme, base, clips=None, seed=0, rate=4e-3, **adapter):
+    content = TASKS[task]
+    training = {"max_steps": 12, "batch_size": 16, "learning_rate": rate, "seed": seed}
+    data = content["data"] if clips is None else {**content["data"], "path": str(clips)}
+    return recipe_of(
+        content,
+        base,
+        data=data,
+        adapter={**EXACT, **adapter},
+        quantization=SCHEMES[scheme],
+        training=training,
+    )
+
+
+@pytest.fixture
+def base_of(request):
+    return lambda task: request.getfixturevalue(f"{task}_base")
+
+
+def codes_of(model):
+    return {name: packed_of_module(layer) for name, layer in packed_modules(model)}
+
+
+def same_codes(left, right):
+    assert left.keys() == right.keys()
+    for name, packed in left.items():
+        form, parts = packed.identity()
+        other, others = right[name].identity()
+        assert form == other
+        assert all(torch.equal(a, b) for a, b in zip(parts, others, strict=True)), name
+        assert torch.equal(packed.values(), right[name].values())
+
+
+def farthest(found, wanted, probe):
+    """The largest difference relative to the largest logit; of texts, where there is no padding."""
+    mask = probe.inputs.get("attention_mask")
+    there = slice(None) if mask is None else mask.astype(bool)
+    return np.abs(found[there] - wanted[there]).max() / np.abs(wanted[there]).max()
+
+
+@pytest.mark.parametrize(("task", "scheme"), list(cells()))
+def test_what_was_trained_is_what_is_packed(task, scheme, base_of, request, tmp_path):
+    base = base_of(task)
+    clips = request.getfixturevalue("tennis_clips") if task == "tennis" else None
+    run = train(recipe_for(task, scheme, base, clips), tmp_path / "run")
+    merged = merge(base, [run.path], tmp_path / "merged")
+    packs = [
+        pack(run.path, tmp_path / "from-run", to=scheme, base=base),
+        pack(merged.path, tmp_path / "from-merged", to=scheme),
+    ]
+    unmerged = load_model(run, resolve_source(str(base)))
+    probe = read_probe(run.path)
+    logits = forward_logits(unmerged, run.manifest.task, probe.inputs)
+    np.testing.assert_array_equal(logits, probe.reference)
+    for packed in packs:
+        assert packed.manifest.quantization.fingerprint == run.manifest.adapter.codes
+        model = load_model(packed)
+        same_codes(codes_of(unmerged), codes_of(model))
+        np.testing.assert_array_equal(
+            forward_logits(model, run.manifest.task, probe.inputs), logits
+        )
+        assert verify(packed.path).passed
+    files = [open_weights(packed.path) for packed in packs]
+    for name in files[0]:
+        assert files[0].read_bytes(name) == files[1].read_bytes(name)
+    assert np.abs(logits - probe.base).max() > 1e-3, "the adapter has to have done something"
+    onnx = export_onnx(packs[0].path, tmp_path / "onnx")
+    assert farthest(replay(onnx, None, probe), logits, probe) <= 1e-4
+    assert farthest(probe.base, logits, probe) > 1e-3  # negative control
+
+
+@pytest.mark.parametrize(
+    ("scheme", "seed"),
+    [
+        ("int4", 1),
+        *(
+            pytest.param(scheme, seed, marks=pytest.mark.exhaustive)
+            for scheme in ("nf4", "int4", "ternary")
+            for seed in (2, 3)
+        ),
+    ],
+)
+def test_a_small_change_survives_that_rounding_again_would_take(
+    scheme, seed, python_base, tmp_path
+):
+    """Of a plain adapter whose change is a hundredth of a step next to nothing is left; of an exact one all is."""
+    recipe = recipe_for("python", scheme, python_base, seed=seed, rate=1e-4)
+    exact = train(recipe, tmp_path / "exact")
+    packed = pack(exact.path, tmp_path / "packed", to=scheme, base=python_base)
+    probe = read_probe(exact.path)
+    np.testing.assert_array_equal(replay(packed, None, probe), probe.reference)
+    assert np.abs(probe.reference - probe.base).max() > 0
+    plain = recipe.model_copy(
+        update={"adapter": recipe.adapter.model_copy(update={"exact": False})}
+    )
+    ordinary = train(plain, tmp_path / "plain")
+    group = {"group_size": 32} if scheme != "nf4" else {}
+    with pytest.raises(CheckFailed, match="retention"):
+        pack(ordinary.path, tmp_path / "again", to=scheme, base=python_base, **group)
+
+
+def test_scales_stay_where_they_are_not_to_learn(digits_base, tmp_path):
+    run = train(recipe_for("digits", "int4", digits_base, learned_scales=False), tmp_path / "run")
+    names = read_tensors(run.path / EXACT_FILE)
+    assert not run.manifest.adapter.learned_scales
+    assert not any(name.endswith("lora_scale") for name in names)
+    unmerged = load_model(run, resolve_source(str(digits_base)))
+    plain = load_model(
+        run.__class__(run.path, run.manifest, run.digest), resolve_source(str(digits_base))
+    )
+    same_codes(codes_of(unmerged), codes_of(plain))
+    learned = train(recipe_for("digits", "int4", digits_base), tmp_path / "learned")
+    scales = read_tensors(learned.path / EXACT_FILE)
+    assert any(bool(scales[name].any()) for name in scales if name.endswith("lora_scale"))
+    assert learned.manifest.adapter.trained_parameters > run.manifest.adapter.trained_parameters
+
+
+def test_a_dry_run_counts_what_training_counts(digits_base, tmp_path):
+    recipe = recipe_for("digits", "int4", digits_base)
+    found, spec = check(recipe), train(recipe, tmp_path / "run").manifest.adapter
+    assert found.trained_parameters == spec.trained_parameters
+    assert found.total_parameters == spec.total_parameters
+
+
+def test_the_head_is_trained_beside_the_codes(digits_base, tmp_path):
+    adapter = {"modules_to_save": ["classifier"], "rank_pattern": {"fc1": 2}, "use_rslora": True}
+    run = train(recipe_for("digits", "int4", digits_base, **adapter), tmp_path / "run")
+    base = resolve_source(str(digits_base))
+    adapter = save_adapter(run.path, tmp_path / "adapter", base=str(digits_base))
+    assert (adapter.path / EXACT_FILE).is_file()
+    assert verify(adapter.path, base=str(digits_base)).passed
+    head = load_model(adapter, base).classifier.weight
+    before = read_tensors(digits_base)["classifier.weight"]
+    assert not torch.equal(head, before)
+    probe = read_probe(run.path)
+    assert np.abs(probe.reference - probe.base).max() > 1e-3
+    packed = pack(adapter.path, tmp_path / "packed", to="int4", base=digits_base)
+    np.testing.assert_array_equal(replay(packed, None, probe), probe.reference)
+
+
+@pytest.fixture(scope="module")
+def int4_run(digits_base, tmp_path_factory):
+    return train(
+        recipe_for("digits", "int4", digits_base), tmp_path_factory.mktemp("exact") / "run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda t, name: t.pop(name), CorruptCheckpoint, "not all tensors"),
+        (lambda t, name: t.update({name: t[name][:, :2].clone()}), CorruptCheckpoint, "are"),
+        (lambda t, name: t.update({name: t[name] * np.nan}), CorruptCheckpoint, "finite"),
+        (lambda t, name: t.update({"x.weight": t[name]}), CorruptCheckpoint, "belongs to nothing"),
+        (lambda t, name: t[name].mul_(1.5), Mismatch, "other codes than training"),
+    ],
+    ids=["lost", "another rank", "not a number", "too many", "another adapter"],
+)
+def test_a_changed_adapter_is_refused(int4_run, digits_base, tmp_path, change, error, words):
+    tensors = read_tensors(int4_run.path / EXACT_FILE)
+    change(tensors, next(name for name in tensors if name.endswith("lora_B")))
+    write_tensors(tmp_path / EXACT_FILE, tensors)
+    forged = replace(int4_run, path=tmp_path)
+    (tmp_path / "config.json").write_bytes((int4_run.path / "config.json").read_bytes())
+    with pytest.raises(error, match=words):
+        load_model(forged, resolve_source(str(digits_base)))
+
+
+def test_merged_values_that_left_their_grid_are_refused(int4_run, digits_base, tmp_path):
+    merged = merge(digits_base, [int4_run.path], tmp_path / "merged", dtype="bfloat16")
+    packed = pack(int4_run.path, tmp_path / "packed", to="int4", base=digits_base)
+    grid = read_tensors(merged.path / GRID_FILE)
+    assert stored_codes(packed.path) is not None and len(grid) == 12
+    weights = read_tensors(merged.path)
+    name = next(key for key in grid).removesuffix(".scales")
+    from qlx.quant import packed_on_grid
+
+    spec = int4_run.manifest.quantization
+    entries = {f"{name}.scales": grid[f"{name}.scales"]}
+    found = packed_on_grid(entries, name, weights[name], spec)
+    assert torch.equal(found.values().bfloat16(), weights[name])  # told from 16 bits, too
+    weights[name][0, 0] += 0.01
+    with pytest.raises(CorruptCheckpoint, match="does not lie on the grid"):
+        packed_on_grid(entries, name, weights[name], spec)
+    with pytest.raises(CorruptCheckpoint, match="merge again"):
+        packed_on_grid({}, name, weights[name], spec)
+
+
+def test_another_target_is_rounded_and_gated_as_usual(int4_run, digits_base, tmp_path):
+    packed = pack(int4_run.path, tmp_path / "int8", to="int8", base=digits_base)
+    assert packed.manifest.quantization.fingerprint != int4_run.manifest.adapter.codes
+    other = pack(
+        int4_run.path, tmp_path / "64", to="int4", base=digits_base, group_size=64, min_retention=0
+    )
+    assert other.manifest.quantization.group_size == 64
+
+
+def test_what_cannot_be_is_said(int4_run, digits_base, tmp_path):
+    with pytest.raises(Unsupported, match="leave --onto original out"):
+        merge(digits_base, [int4_run.path], tmp_path / "merged", onto="original")
+    with pytest.raises(Unsupported, match="cannot be combined"):
+        merge(digits_base, [int4_run.path] * 2, tmp_path / "merged", combination=Combination())
+    skipping = {"quant_type": "int4", "group_size": 32, "skip_modules": ["fc1"]}
+    recipe = recipe_of(DIGITS_RUN, digits_base, adapter=EXACT, quantization=skipping)
+    for attempt in (lambda: check(recipe), lambda: train(recipe, tmp_path / "run")):
+        with pytest.raises(
+            Unsupported, match=r"fc1' is not quantized, so there are no codes to move"
+        ):
+            attempt()
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantization", "words"),
+    [
+        ({"dropout": 0.1}, {}, "dropout"),
+        ({"use_dora": True}, {}, "use_dora"),
+        ({"bias": "all"}, {}, "bias"),
+        ({}, {"quant_type": "fp4", "double_quant": False}, "not fp4"),
+        ({}, {"quant_type": "int4", "symmetric": False}, "symmetric"),
+        ({"exact": False, "learned_scales": False}, {}, "is for exact adapters"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(adapter, quantization, words):
+    content = {**DIGITS_RUN, "adapter": {**EXACT, **adapter}, "quantization": quantization}
+    with pytest.raises(ValueError, match=words):
+        Recipe.model_validate(content)
+
+
+def test_read_exact_wants_its_file(tmp_path, int4_run):
+    with pytest.raises(CorruptCheckpoint, match="is missing"):
+        read_exact(tmp_path, int4_run.manifest.adapter)
+    assert open_checkpoint(int4_run.path).manifest.adapter.type == "exact"
