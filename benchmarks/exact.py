@@ -1,0 +1,166 @@
+"""What packing leaves of a fine-tuning: adapters inside the rounding beside plain ones that are rounded again.
+
+    OMP_NUM_THREADS=1 python benchmarks/exact.py      # two hours of a core; a second call goes on
+    OMP_NUM_THREADS=1 python benchmarks/exact.py --only python --schemes int4
+
+The recipes' bases, data and steps. A plain adapter is trained on the quantized base and measured as it is, kept
+beside its base, and once more after it is merged and packed to the same grid. An exact one is packed by
+definition. Each way has the best of three learning rates, chosen on another division of the data (data seed 100)
+than the one of the table; the seeds change the order of the examples and the adapter's start.
+
+Retention is the share of the plain adapter's gain in held-out loss that is left: (base - packed) / (base - beside).
+The table goes to standard output, everything to benchmarks/output/exact.json.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "benchmarks" / "output"
+SEEDS = (1, 2, 3)
+SEARCH_SEED = 100
+FACTORS = (1 / 3, 1.0, 3.0)
+TASKS = {"digits": ("digits-base", "digits-qlora"), "python": ("python-base", "python-qlora")}
+SCHEMES = {
+    "int8": "{quant_type: int8, group_size: 64}",
+    "int4": "{quant_type: int4, group_size: 64}",
+    "ternary": "{quant_type: ternary, group_size: 64}",
+    "nf4": "{quant_type: nf4, double_quant: true}",
+}
+WAYS = {"plain": "adapter.exact=false", "exact": "adapter.exact=true"}
+
+Result = dict[str, float]
+
+
+def main() -> int:
+    """Make bases, search, train, pack, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=OUTPUT / "exact", help="results are kept here")
+    parser.add_argument("--only", default=",".join(TASKS), help="tasks, separated by commas")
+    parser.add_argument("--schemes", default="int4,ternary,nf4", help="separated by commas")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    os.chdir(arguments.work)  # where the recipes' relative paths are
+    results = {
+        f"{task}, {scheme}": measure(task, scheme)
+        for task in arguments.only.split(",")
+        for scheme in arguments.schemes.split(",")
+    }
+    OUTPUT.mkdir(exist_ok=True)
+    (OUTPUT / "exact.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    return 0
+
+
+def measure(task: str, scheme: str) -> dict[str, Any]:
+    """The losses of both ways by seed, and their learning rates."""
+    _train(TASKS[task][0], [], Path("runs", TASKS[task][0]))
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        rate = best_rate(task, scheme, way)
+        runs = [trained(task, scheme, way, rate, seed) for seed in SEEDS]
+        found[way] = {"rate": rate, "runs": runs}
+    return found
+
+
+def best_rate(task: str, scheme: str, way: str) -> float:
+    """The learning rate with the lowest held-out loss on the search's own division of the data."""
+    from qlx.recipe import load_recipe
+
+    middle = load_recipe(_recipe(TASKS[task][1]), ()).training.learning_rate
+    rates = [float(f"{middle * factor:.2g}") for factor in FACTORS]
+    losses = {rate: trained(task, scheme, way, rate, SEARCH_SEED)["loss"] for rate in rates}
+    return min(rates, key=losses.__getitem__)
+
+
+def trained(task: str, scheme: str, way: str, rate: float, seed: int) -> Result:
+    """The result of one training, which is made unless its file is there."""
+    file = Path("results", task, f"{scheme}-{way}-{rate:g}-{seed}.json")
+    if not file.exists():
+        changes = [
+            f"quantization={SCHEMES[scheme]}", WAYS[way], f"training.learning_rate={rate}",
+            f"training.seed={seed}", *(["data.seed=100"] if seed == SEARCH_SEED else []),
+        ]  # fmt: skip
+        output = Path("runs", f"one-{os.getpid()}")
+        found = outcome(_train(TASKS[task][1], changes, output), task, scheme, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".part").write_text(json.dumps(found))
+        file.with_suffix(".part").rename(file)
+        shutil.rmtree(output)
+        print(f"  {file.stem}: {found}", file=sys.stderr)
+    return dict(json.loads(file.read_text()))
+
+
+def outcome(run: Any, task: str, scheme: str, seed: int) -> Result:
+    """Held-out loss of the base, beside it and packed; how far the packed model's answers moved."""
+    from qlx.packing import pack
+    from qlx.verification import evaluate
+
+    step = run.manifest.lineage[-1].options
+    found = {"base": step["before"]["loss"], "loss": step["after"]["loss"]}
+    if seed == SEARCH_SEED:
+        return found
+    base, group = Path("runs", TASKS[task][0]), None if scheme == "nf4" else 64
+    target = Path("runs", f"packed-{os.getpid()}")
+    packed = pack(
+        run.path, target, to=scheme, base=base, group_size=group, min_retention=0, force=True
+    )  # type: ignore[arg-type]
+    replayed = packed.manifest.probe.results[-1].metrics if packed.manifest.probe else {}
+    found |= {
+        "packed": evaluate(target).metrics["loss"],
+        "kl": replayed["kl_mean"],
+        "top1": replayed["top1"],
+    }
+    shutil.rmtree(target)
+    return found
+
+
+def _train(recipe: str, changes: list[str], output: Path) -> Any:
+    from qlx.checkpoint import open_checkpoint
+    from qlx.recipe import load_recipe
+    from qlx.training import train
+
+    if not output.name.startswith("one") and output.exists():
+        return open_checkpoint(output)
+    return train(load_recipe(_recipe(recipe), changes), output, force=True)
+
+
+def _recipe(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.yaml"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: held-out losses (means), and what is left of the plain adapter's gain (mean ± deviation)."""
+    lines = [
+        "| | base | beside its base | packed again | KL | top-1 | kept | exact, packed | KL | kept |",
+        "|---" * 10 + "|",
+    ]
+    for name, ways in results.items():
+        plain, exact = ways["plain"]["runs"], ways["exact"]["runs"]
+        best = _mean(plain, "loss")
+        cells = [_mean(plain, "base"), best, _mean(plain, "packed")]
+        again, inside = (_kept(runs, best) for runs in (plain, exact))
+        lines.append(
+            f"| {name} | {' | '.join(f'{cell:.4f}' for cell in cells)} | {_mean(plain, 'kl'):.2g} | "
+            f"{_mean(plain, 'top1'):.1%} | {again} | {_mean(exact, 'packed'):.4f} | {_mean(exact, 'kl'):.2g} | {inside} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(runs: list[Result], key: str) -> float:
+    return statistics.fmean(run[key] for run in runs)
+
+
+def _kept(runs: list[Result], best: float) -> str:
+    shares = [(run["base"] - run["packed"]) / (run["base"] - best) for run in runs]
+    return f"{statistics.fmean(shares):.1%} ± {100 * statistics.stdev(shares):.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
