@@ -16,6 +16,7 @@ from qlx.packing import pack
 from qlx.quant import GRID_FILE, packed_modules, packed_of_module
 from qlx.recipe import Recipe
 from qlx.training import check, save_adapter, train
+from qlx.training.trainers import StrictTrainer
 from qlx.verification import replay, verify
 from qlx.weights import open_weights, read_tensors, write_tensors
 from tests.conftest import DIGITS_RUN, PYTHON_RUN, TENNIS_RUN, recipe_of
@@ -271,3 +272,25 @@ def test_read_exact_wants_its_file(tmp_path, int4_run):
     with pytest.raises(CorruptCheckpoint, match="is missing"):
         read_exact(tmp_path, int4_run.manifest.adapter)
     assert open_checkpoint(int4_run.path).manifest.adapter.type == "exact"
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bytes(digits_base, tmp_path, monkeypatch):
+    recipe = recipe_for("digits", "int4", digits_base)
+    recipe = recipe.model_copy(
+        update={"training": recipe.training.model_copy(update={"save_every": 4})}
+    )
+    whole = train(recipe, tmp_path / "whole")
+    inner = StrictTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(StrictTrainer, "training_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run")
+    monkeypatch.setattr(StrictTrainer, "training_step", inner)
+    resumed = train(recipe, tmp_path / "run", resume=True)
+    assert (resumed.path / EXACT_FILE).read_bytes() == (whole.path / EXACT_FILE).read_bytes()
+    assert resumed.manifest.adapter == whole.manifest.adapter
