@@ -146,9 +146,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         best = _mean(plain, "loss")
         cells = [_mean(plain, "base"), best, _mean(plain, "packed")]
         again, inside = (_kept(runs, best) for runs in (plain, exact))
+        packed = f"{_mean(exact, 'packed'):.4f} | {_mean(exact, 'kl'):.2g}"
         lines.append(
             f"| {name} | {' | '.join(f'{cell:.4f}' for cell in cells)} | {_mean(plain, 'kl'):.2g} | "
-            f"{_mean(plain, 'top1'):.1%} | {again} | {_mean(exact, 'packed'):.4f} | {_mean(exact, 'kl'):.2g} | {inside} |"
+            f"{_mean(plain, 'top1'):.1%} | {again} | {packed} | {inside} |"
         )
     return "\n".join(lines)
 

@@ -12,13 +12,19 @@ from qlx.cli.session import Session
     "save-adapter",
     examples=(
         "qlx save-adapter runs/digits -o adapters/digits",
+        "qlx save-adapter runs/python -o adapters/python --gguf",
         "qlx save-adapter downloads/peft-adapter -o adapters/mine --base owner/model@main",
     ),
 )
 @click.argument("source", metavar="RUN_OR_PEFT_DIR", type=options.DIRECTORY)
 @options.output()
 @options.base()
-def command(session: Session, source: Path, output: Path, force: bool, base: str | None) -> None:
+@click.option(
+    "--gguf", is_flag=True, help="Also write adapter.gguf, which llama.cpp takes with --lora."
+)
+def command(
+    session: Session, source: Path, output: Path, force: bool, base: str | None, gguf: bool
+) -> None:
     """Make an adapter checkpoint.
 
     From the adapter of a run, or from a plain PEFT directory. A plain directory names no base by
@@ -27,5 +33,5 @@ def command(session: Session, source: Path, output: Path, force: bool, base: str
     from qlx.cli import render
     from qlx.training import save_adapter
 
-    adapter = save_adapter(source, output, base=base, force=force)
+    adapter = save_adapter(source, output, base=base, gguf=gguf, force=force)
     session.emit(render.checkpoint_data(adapter), render.print_made)

@@ -15,6 +15,7 @@ from qlx.models.architectures import (
 )
 from qlx.models.coded import logical_names, stored_codes
 from qlx.models.from_vit import config_from_vit, is_plain_vit, vitpose_from_vit
+from qlx.models.gguf_adapter import GGUF_ADAPTER_FILE, write_gguf_adapter
 from qlx.models.llama_cpp import GGUF_FILE, ROPE_FACTORS, GgufLayout, gguf_layout
 from qlx.models.loading import (
     STORED_DTYPE,
@@ -36,6 +37,7 @@ from qlx.models.streamed import streamed_bytes, streamed_model
 
 __all__ = [
     "CONFIG_FILE",
+    "GGUF_ADAPTER_FILE",
     "GGUF_FILE",
     "KNOWN",
     "MAX_LOGITS_BYTES",
@@ -77,4 +79,5 @@ __all__ = [
     "torch_float",
     "vitpose_from_vit",
     "with_quantized_names",
+    "write_gguf_adapter",
 ]

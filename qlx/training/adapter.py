@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlx.adapters import EXACT_FILE, adapter_spec
+from qlx.adapters import EXACT_FILE, adapter_spec, read_recorded
 from qlx.adapters import load_adapter as attach_from
 from qlx.adapters import save_adapter as write_adapter
 from qlx.checkpoint import (
@@ -23,18 +23,23 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import InputRefused, UsageError
+from qlx.errors import InputRefused, Unsupported, UsageError
 from qlx.inputs import PREPROCESSOR_FILE, TOKENIZER_FILES
 from qlx.models import (
     CONFIG_FILE,
+    GGUF_ADAPTER_FILE,
     STORED_DTYPE,
+    empty_model,
+    gguf_layout,
     load_base,
     make_probe,
+    model_config,
     stored_codes,
     synthetic_inputs,
     task_of,
     tensor_names,
     with_quantized_names,
+    write_gguf_adapter,
 )
 from qlx.training.material import GENERATION_FILE
 
@@ -46,7 +51,12 @@ _SYNTHETIC = "the unmerged model on its base, in fp32, on synthetic inputs"
 
 
 def save_adapter(
-    source: Path, output: Path, *, base: str | None = None, force: bool = False
+    source: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    gguf: bool = False,
+    force: bool = False,
 ) -> Checkpoint:
     """Write an adapter checkpoint, which plain PEFT loads as it is.
 
@@ -57,17 +67,19 @@ def save_adapter(
         source: a run with an adapter, an adapter checkpoint, or a PEFT directory.
         output: the directory to make.
         base: directory or hub name of the base; checked against the record of a run.
+        gguf: also write it as `adapter.gguf`, which llama.cpp takes.
         force: replace an existing checkpoint.
 
     Raises:
         InputRefused: `source` holds no adapter.
+        Unsupported: `gguf`, and llama.cpp has no place for such an adapter.
         Mismatch: `base` is not what the run was trained on, or the PEFT adapter does not fit it.
         UsageError: a plain PEFT directory without `base`.
     """
     source = Path(source)
     check_output(Path(output), (source, base), force=force)
     if is_checkpoint(source):
-        return _from_run(open_checkpoint(source), Path(output), base, force)
+        return _from_run(open_checkpoint(source), Path(output), base, gguf, force)
     if not (source / _ADAPTER_FILES[0]).is_file():
         raise InputRefused(
             f"{source}: neither a qlx checkpoint nor a PEFT adapter (no {_ADAPTER_FILES[0]})"
@@ -76,10 +88,12 @@ def save_adapter(
         raise UsageError(
             f"{source}: a plain PEFT directory does not name its base by content; give --base"
         )
-    return _from_peft(source, resolve_source(base), Path(output), force)
+    return _from_peft(source, resolve_source(base), Path(output), gguf, force)
 
 
-def _from_run(run: Checkpoint, output: Path, base: str | None, force: bool) -> Checkpoint:
+def _from_run(
+    run: Checkpoint, output: Path, base: str | None, gguf: bool, force: bool
+) -> Checkpoint:
     manifest = run.manifest
     if (
         manifest.kind not in ("run", "adapter")
@@ -96,11 +110,13 @@ def _from_run(run: Checkpoint, output: Path, base: str | None, force: bool) -> C
     with new_checkpoint(output, force=force) as staging:
         for name in sorted(wanted & manifest.files.keys()):
             (staging / name).write_bytes((run.path / name).read_bytes())
+        if gguf:
+            _write_gguf(staging, manifest)
         seal(staging, manifest.with_step(step, kind="adapter", files={}))
     return open_checkpoint(output)
 
 
-def _from_peft(source: Path, base: Source, output: Path, force: bool) -> Checkpoint:
+def _from_peft(source: Path, base: Source, output: Path, gguf: bool, force: bool) -> Checkpoint:
     task = task_of(base)
     loaded = {STORED_DTYPE: "float32"}
     stored = stored_codes(base.path)
@@ -130,8 +146,28 @@ def _from_peft(source: Path, base: Source, output: Path, force: bool) -> Checkpo
         write_adapter(adapted, staging, base_name=base.reference().name)
         _carry(staging, source, base)
         write_probe(staging / PROBE_FILE, make_probe(adapted, task, inputs, None, True))
+        if gguf:
+            _write_gguf(staging, manifest)
         seal(staging, manifest)
     return open_checkpoint(output)
+
+
+def _write_gguf(staging: Path, manifest: Manifest) -> None:
+    """Add `adapter.gguf` to an adapter's directory.
+
+    Raises:
+        Unsupported: it is no language model's, or not one that llama.cpp has a place for.
+    """
+    if manifest.task != "causal-lm" or manifest.adapter is None:
+        raise Unsupported("--gguf is for adapters of language models; leave it out")
+    write_gguf_adapter(
+        staging / GGUF_ADAPTER_FILE,
+        read_recorded(staging, manifest.adapter),
+        manifest.adapter.tensors,
+        empty_model(staging, manifest.task),
+        gguf_layout(model_config(staging, manifest.task)),
+        manifest.tag,
+    )
 
 
 def _carry(staging: Path, source: Path, base: Source) -> None:
