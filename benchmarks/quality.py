@@ -165,7 +165,7 @@ def trained(name: str, arm: str, rate: float, seed: int) -> Result:
         ]
         changes += ["data.seed=100"] if seed == SEARCH_SEED else []
         started = time.process_time()
-        run = _train(task.recipe, changes, Path("runs/one"))
+        run = _train(task.recipe, changes, Path("runs", f"one-{os.getpid()}"))
         seconds = time.process_time() - started
         step = run.manifest.lineage[-1].options
         weights = next(run.path.glob("*model.safetensors"))
@@ -187,7 +187,7 @@ def _train(recipe: str, changes: list[str], output: Path) -> Any:
     from qlx.recipe import load_recipe
     from qlx.training import train
 
-    if output.name != "one" and output.exists():
+    if not output.name.startswith("one-") and output.exists():
         return open_checkpoint(output)
     return train(load_recipe(_recipe(recipe), changes), output, force=True)
 
