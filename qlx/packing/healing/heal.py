@@ -95,7 +95,7 @@ def heal(
         needs: list[Need] = []
         compensate_stack(
             model, weights, selection, lambda name: spec, data,
-            lambda seen: needs.append(need_of(seen, spec)), tell,
+            lambda seen: needs.append(need_of(seen, spec)), tell, store=False,
         )  # fmt: skip
         schemes = promote(needs, spec, min_retention, budget, tell)
     retention: dict[str, float] = {}

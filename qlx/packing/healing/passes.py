@@ -61,12 +61,15 @@ def compensate_stack(
     data: Calibration,
     look: _Look,
     tell: Callable[[str], None],
+    *,
+    store: bool = True,
 ) -> Stream:
     """Compensate all of `selection` that lies in the stack, each layer on the grid of `spec_of(name)`.
 
-    `look` is shown every layer while its weights and the products of its inputs are still there.
+    `look` is shown every layer while its weights and the products of its inputs are still there;
+    without `store` nothing else is wanted of them.
     """
-    work = _Pass(model, weights, selection, spec_of, look)
+    work = _Pass(model, weights, selection, spec_of, look, store)
     batches = [*data.rows, *data.held_out]
     with torch.no_grad():
         exact = [model.entering(batch) for batch in batches]
@@ -99,9 +102,10 @@ class _Pass:
         selection: Selection,
         spec_of: Callable[[str], QuantSpec],
         look: _Look,
+        store: bool,
     ) -> None:
         self.model, self.weights, self.selection = model, weights, selection
-        self.spec_of, self.look = spec_of, look
+        self.spec_of, self.look, self.store = spec_of, look, store
         self.placed: dict[str, Placed] = {}
 
     def groups(
@@ -150,7 +154,8 @@ class _Pass:
             self.look(Seen(name, group, before, weight, hessian, placed))
             values = dequantize_tensor(placed.packed, torch.float32)
             module.weight = nn.Parameter(values, requires_grad=False)
-            self.placed[name] = self._mapped(name, placed)
+            if self.store:
+                self.placed[name] = self._mapped(name, placed)
 
     def _hessian(
         self, at: int, name: str, batches: Sequence[Inputs], states: Sequence[Tensor]
