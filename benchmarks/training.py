@@ -69,6 +69,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForImageClassification,
                           BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments)
 from qlx.inputs import TextCodec, load_split
 from qlx.recipe import load_recipe
+from qlx.training.trainers import EpochSampler
 held = mark("VmRSS")
 recipe = load_recipe(Path(task["recipe"]), task["set"])
 section, adapter, quantization = recipe.training, recipe.adapter, recipe.quantization
@@ -102,9 +103,12 @@ shared = dict(output_dir=task["output"], per_device_train_batch_size=section.bat
 split = load_split(recipe.data, "train")
 if text:
     codec = TextCodec.from_directory(Path(task["base"]))
+    class Ordered(trl.SFTTrainer):
+        def _get_train_sampler(self, dataset=None):  # the same batches, whose lengths set their time
+            return EpochSampler(len(self.train_dataset), self.args.seed)
     rows = [{"prompt": codec.chat(one.messages[:-1], answer_next=True),
              "completion": one.messages[-1]["content"]} for one in split.examples]
-    trainer = trl.SFTTrainer(
+    trainer = Ordered(
         model=model, peft_config=lora, train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(task["base"]), callbacks=[Clock()],
         args=trl.SFTConfig(**shared, max_length=recipe.data.max_length, packing=False, bf16=False,

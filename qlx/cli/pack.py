@@ -22,6 +22,7 @@ def _group_size(
     examples=(
         "qlx pack merged/digits -o packed/digits --to nf4",
         "qlx pack adapters/python --base runs/python-base -o packed/python --to int4 --group-size 32",
+        "qlx pack merged/python -o packed/python --to ternary --heal --calibration recipes/python-qlora.yaml",
         "qlx pack merged/python -o packed/python-gguf --to gguf --gguf-type Q4_0",
     ),
 )
@@ -56,6 +57,24 @@ def _group_size(
     type=click.FloatRange(0, 1),
     help="Refuse a result that keeps less than this share of the adapter's effect.",
 )
+@click.option(
+    "--heal",
+    is_flag=True,
+    help="Round by what layers are given, then tune scales and rounding on the outputs.",
+)
+@click.option(
+    "--calibration",
+    type=options.EXISTING,
+    help="Data to heal by: a recipe, texts, or a directory of images (default: the probe's inputs).",
+)
+@click.option(
+    "--max-bytes-per-weight",
+    type=click.FloatRange(0, min_open=True),
+    help="With --heal: give layers that lose most more bits, up to this average of codes and scales.",
+)
+@click.option(
+    "--picture", type=options.NEW_FILE, help="Draw what survives in each layer: .png or .svg."
+)
 def command(
     session: Session,
     checkpoint: Path,
@@ -67,16 +86,26 @@ def command(
     double_quant: bool | None,
     gguf_type: str | None,
     min_retention: float | None,
+    heal: bool,
+    calibration: Path | None,
+    max_bytes_per_weight: float | None,
+    picture: Path | None,
 ) -> None:
     """Quantize a merged model.
 
     Measures what of the adapter's effect survives, and refuses too large a loss. An adapter is
     merged on the way.
     """
+    from qlx.checkpoint import check_file
     from qlx.cli import render
-    from qlx.packing import pack
+    from qlx.packing import Healing, pack
     from qlx.verification import DEFAULT_MIN_RETENTION
 
+    if not heal and (calibration is not None or max_bytes_per_weight is not None):
+        raise click.UsageError("--calibration and --max-bytes-per-weight belong to --heal")
+    if picture is not None:
+        check_file(picture, (checkpoint, base, calibration))
+    healing = Healing(calibration, max_bytes_per_weight=max_bytes_per_weight) if heal else None
     packed = pack(
         checkpoint,
         output,
@@ -86,6 +115,8 @@ def command(
         double_quant=double_quant,
         gguf_type=gguf_type,
         min_retention=DEFAULT_MIN_RETENTION if min_retention is None else min_retention,
+        healing=healing,
+        picture=picture,
         force=force,
         report=session.report,
     )

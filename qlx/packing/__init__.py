@@ -1,6 +1,7 @@
 """Low-bit weights after training: what is packed, what survives it, and the files that others load."""
 
 from qlx.packing.gguf import GGUF_TYPE, GGUF_TYPES, GgufType
+from qlx.packing.healing import Healing
 from qlx.packing.layouts import WHOLE, GroupSize
 from qlx.packing.pack import TARGETS, Target, pack
 from qlx.packing.retention import LayerRetention, layer_retention, overall
@@ -15,6 +16,7 @@ __all__ = [
     "WHOLE",
     "GgufType",
     "GroupSize",
+    "Healing",
     "LayerRetention",
     "Selection",
     "ShardWriter",

@@ -1,7 +1,7 @@
 """Packing what an adapter inside the rounding was trained to: the codes are there, nothing is rounded again."""
 
 from qlx.checkpoint import Checkpoint, Manifest, QuantSpec
-from qlx.errors import Unsupported
+from qlx.errors import Unsupported, UsageError
 from qlx.packing.layouts import WHOLE, GroupSize
 from qlx.packing.select import Selection
 from qlx.quant import SCALE_DTYPE
@@ -17,15 +17,23 @@ def trained_group(manifest: Manifest, scheme: str) -> GroupSize:
     return trained.group_size or WHOLE
 
 
-def packs_exactly(manifest: Manifest, wanted: QuantSpec) -> bool:
-    """Whether `wanted` is the grid that an exact adapter was trained on."""
-    trained, adapter = manifest.quantization, manifest.adapter
-    return (
-        adapter is not None
-        and adapter.type == "exact"
-        and (trained.scheme, trained.group_size, trained.double_quant)
-        == (wanted.scheme, wanted.group_size, wanted.double_quant)
-    )
+def packs_exactly(checkpoint: Checkpoint, wanted: QuantSpec, *, to_heal: bool) -> bool:
+    """Whether `wanted` is the grid that an exact adapter was trained on.
+
+    Raises:
+        UsageError: it is, and is to be healed.
+    """
+    trained, adapter = checkpoint.manifest.quantization, checkpoint.manifest.adapter
+    asked = (wanted.scheme, wanted.group_size, wanted.double_quant)
+    if adapter is None or adapter.type != "exact":
+        return False
+    same = (trained.scheme, trained.group_size, trained.double_quant) == asked
+    if same and to_heal:
+        raise UsageError(
+            f"{checkpoint.path}: its codes are what the adapter was trained to, so there is nothing to heal; "
+            "leave --heal out"
+        )
+    return same
 
 
 def exact_spec_for(checkpoint: Checkpoint, wanted: QuantSpec, selection: Selection) -> QuantSpec:

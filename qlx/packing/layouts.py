@@ -4,6 +4,7 @@ The layouts are those of the libraries that load them in transformers; `docs/dec
 these. Codes and scales are `qlx.quant`'s whatever the layout.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -119,15 +120,19 @@ def stored_entries(packed: PackedTensor, name: str, spec: QuantSpec) -> dict[str
     return compressed_entries(packed, name)
 
 
-def section_of(spec: QuantSpec) -> dict[str, object] | None:
+def section_of(
+    spec: QuantSpec, promoted: Mapping[str, str] | None = None
+) -> dict[str, object] | None:
     """The `quantization_config` by which transformers builds packed layers exactly where there are codes.
+
+    `promoted` maps modules (by their names in memory) to the scheme they have instead of that of `spec`.
 
     None where it is not transformers that loads the weights.
     """
     if spec.backend == "gguf":
         return None
     if spec.backend == "compressed-tensors":
-        return compressed_section(spec, spec.skip_modules)
+        return compressed_section(spec, spec.skip_modules, promoted or {})
     if spec.backend == "bitnet":
         return {
             "quant_method": "bitnet",

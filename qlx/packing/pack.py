@@ -1,6 +1,8 @@
 """`pack`: low-bit weights in the layout of the library that loads them, gated by what survives."""
 
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ from qlx.errors import Unsupported, UsageError
 from qlx.merging.companions import carry_probe, copy_companions, read_config, write_config
 from qlx.packing.exact import exact_spec_for, packs_exactly, trained_group
 from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
+from qlx.packing.healing import Healed, Healing, heal
 from qlx.packing.layouts import (
     WHOLE,
     GroupSize,
@@ -28,6 +31,7 @@ from qlx.packing.layouts import (
     spec_for,
     stored_entries,
 )
+from qlx.packing.picture import draw_retention
 from qlx.packing.retention import LayerRetention, layer_retention, overall
 from qlx.packing.select import Selection, select_modules
 from qlx.packing.source import Weights, weights_to_pack
@@ -40,7 +44,7 @@ from qlx.quant import (
     packed_fingerprint,
     quantize_tensor,
 )
-from qlx.verification import DEFAULT_MIN_RETENTION, prove
+from qlx.verification import DEFAULT_MIN_RETENTION, check_picture, prove
 
 __all__ = ["TARGETS", "Target", "pack"]
 
@@ -48,10 +52,14 @@ Target = Literal["nf4", "fp4", "int8", "int4", "ternary", "gguf"]
 TARGETS: tuple[Target, ...] = ("nf4", "fp4", "int8", "int4", "ternary", "gguf")
 """The formats that can be packed to."""
 
+Known = Callable[[str], PackedTensor | None]
+"""The codes of a tensor where they are known already: those an exact adapter left, or healed ones."""
+
 _ADVICE = (
-    "keep the adapter separate or merge it without packing, choose more bits or smaller groups, "
+    "keep the adapter separate or merge it without packing, {heal}choose more bits or smaller groups, "
     "train it longer or with a larger rank"
 )
+_HEAL = "heal it with --heal, "
 _ACCEPT = ", or accept the loss with a lower --min-retention"
 
 
@@ -65,6 +73,8 @@ def pack(
     double_quant: bool | None = None,
     gguf_type: str | None = None,
     min_retention: float = DEFAULT_MIN_RETENTION,
+    healing: Healing | None = None,
+    picture: Path | None = None,
     force: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Checkpoint:
@@ -74,7 +84,9 @@ def pack(
     `group_size` input values share a scale, with `whole` those of a row (int8, int4) or the tensor
     (ternary); by default 64, and a row for int8. `double_quant` defaults to what training used,
     `gguf_type` to Q8_0.
-    `min_retention` gates 1 - KL(unmerged ‖ packed) / KL(unmerged ‖ base) on the probe.
+    `min_retention` gates 1 - KL(unmerged ‖ packed) / KL(unmerged ‖ base) on the probe. `healing` brings
+    the packed model back to the unmerged one's outputs on calibration data. `picture` is a .png or .svg
+    file that shows what survives in each layer, drawn also where the gate refuses the result.
 
     Raises:
         UsageError: an unknown target, options it does not take, or a gate outside [0, 1].
@@ -85,41 +97,59 @@ def pack(
         raise UsageError(
             f"pack --to takes one of {', '.join(TARGETS)} and --min-retention a number from 0 to 1"
         )
+    if to == "gguf" and healing is not None:
+        raise UsageError("--heal: for --to nf4, fp4, int8, int4 or ternary, not for gguf")
+    if picture is not None:
+        check_picture(picture)
     check_output(output, (checkpoint, base), force=force)
     tell = report or (lambda line: None)
     opened = open_checkpoint(Path(checkpoint))
     spec = _spec(opened.manifest, to, group_size, double_quant, gguf_type)
-    with (
-        weights_to_pack(opened, base) as (weights, companions),
-        new_checkpoint(output, force=force) as staging,
-    ):
+    with ExitStack() as stack:
+        weights, companions = stack.enter_context(weights_to_pack(opened, base))
+        staging = stack.enter_context(new_checkpoint(output, force=force))
         dtype = _dtype_of(companions)
         smaller = "another --gguf-type" if to == "gguf" else "a smaller --group-size"
         selection = select_modules(weights, companions, opened.manifest, spec.group_size, smaller)
-        exact = packs_exactly(opened.manifest, spec)
+        exact = packs_exactly(opened, spec, to_heal=healing is not None)
         causal = opened.manifest.task == "causal-lm"
         spec = fitted_to(spec, dtype=dtype, causal=causal, biased=selection.biased)
         if exact:
             spec = exact_spec_for(opened, spec, selection)
         tell(f"packing {len(selection.tensors)} of {len(weights.names())} tensors to {to}")
         spec = _complete(spec, selection)
+        healed = None
+        if healing is not None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qlx-healing-"))
+            healed = heal(
+                opened, weights, companions, selection, spec, healing,
+                min_retention=min_retention, folder=Path(folder), tell=tell,
+            )  # fmt: skip
+        known = weights.codes if exact else healed.packed.get if healed else _unknown
         spec, layers = _write(
-            staging, weights, companions, selection, spec, opened.manifest.tag, exact=exact
+            staging, weights, companions, selection, spec, opened.manifest.tag, known
         )
         if exact and opened.manifest.adapter is not None:
             require_exact_codes(opened.manifest.adapter, spec.fingerprint or "", str(opened.path))
         for line in _layer_lines(layers):
             tell(line)
+        if picture is not None:
+            draw_retention(layers, healed.retention if healed else {}, min_retention, picture)
         copy_companions(staging, companions)
-        write_config(staging, read_config(companions), dtype, section_of(spec))
+        promoted = healed.promoted if healed else {}
+        write_config(staging, read_config(companions), dtype, section_of(spec, promoted))
         carry_probe(opened, staging)
         tell("replaying the probe on the packed files")
         done = prove(
             staging,
-            _manifest(opened, spec, layers, min_retention),
-            advice=_advice(layers, min_retention),
+            _manifest(opened, spec, layers, min_retention, healed),
+            advice=_advice(layers, min_retention, can_heal=healed is None and to != "gguf"),
         )
     return Checkpoint(Path(output), done.manifest, done.digest)
+
+
+def _unknown(name: str) -> PackedTensor | None:
+    return None
 
 
 def _dtype_of(companions: Path) -> str:
@@ -158,18 +188,13 @@ def _write(
     selection: Selection,
     spec: QuantSpec,
     tag: str,
-    *,
-    exact: bool,
+    known: Known,
 ) -> tuple[QuantSpec, list[LayerRetention]]:
-    """Write the weights in the layout of `spec`; that with the fingerprint of the codes, and what survives.
-
-    `exact` takes the codes that an exact adapter left; nothing is rounded then.
-    """
+    """Write the weights in the layout of `spec`; that with the fingerprint of the codes, and what survives."""
     if spec.backend == "gguf":
         return spec, write_gguf(staging, weights, companions, selection, spec, tag)
     layers: list[LayerRetention] = []
-    rounded = weights.codes if exact else lambda name: None
-    fingerprint = _write_codes(staging, weights, selection, spec, layers, rounded)
+    fingerprint = _write_codes(staging, weights, selection, spec, layers, known)
     return spec.model_copy(update={"fingerprint": fingerprint}), layers
 
 
@@ -179,12 +204,9 @@ def _write_codes(
     selection: Selection,
     spec: QuantSpec,
     layers: list[LayerRetention],
-    rounded: Callable[[str], PackedTensor | None],
+    known: Known,
 ) -> str:
-    """Write all tensors, packed ones packed; fills `layers`, returns the fingerprint of the codes.
-
-    `rounded` gives the codes of a tensor where they are known already.
-    """
+    """Write all tensors, packed ones packed; fills `layers`, returns the fingerprint of the codes."""
     writer = ShardWriter(staging)
     chosen = set(selection.tensors.values())
 
@@ -194,7 +216,7 @@ def _write_codes(
                 writer.add({name: weights.value(name, full=False)})
                 continue
             merged = weights.value(name, full=True)
-            result = rounded(name) or _packed(merged, spec)
+            result = known(name) or _packed(merged, spec)
             before = weights.before(name)
             if before is not None:
                 layers.append(layer_retention(name, before, merged, dequantize_tensor(result)))
@@ -222,9 +244,9 @@ def _layer_lines(layers: list[LayerRetention]) -> list[str]:
     ]
 
 
-def _advice(layers: list[LayerRetention], min_retention: float) -> str:
+def _advice(layers: list[LayerRetention], min_retention: float, *, can_heal: bool) -> str:
     """What to do where too little is kept, and where the least is."""
-    advice = _ADVICE + (_ACCEPT if min_retention else "")
+    advice = _ADVICE.format(heal=_HEAL if can_heal else "") + (_ACCEPT if min_retention else "")
     known = {layer.name: layer.retention for layer in layers if layer.retention is not None}
     if not known:
         return advice
@@ -244,7 +266,11 @@ def _complete(spec: QuantSpec, selection: Selection) -> QuantSpec:
 
 
 def _manifest(
-    checkpoint: Checkpoint, spec: QuantSpec, layers: list[LayerRetention], min_retention: float
+    checkpoint: Checkpoint,
+    spec: QuantSpec,
+    layers: list[LayerRetention],
+    min_retention: float,
+    healed: Healed | None,
 ) -> Manifest:
     kind = spec.extras.get(GGUF_TYPE)
     options: dict[str, object] = {
@@ -253,6 +279,7 @@ def _manifest(
         "double_quant": spec.double_quant,
         "min_retention": min_retention,
         **({} if kind is None else {GGUF_TYPE: kind}),
+        **({} if healed is None else {"healing": dict(healed.record)}),
     }
     kept = overall(layers)
     if kept is not None:
@@ -264,6 +291,7 @@ def _manifest(
             "worst_tensor": worst.name,
             "worst_weight_retention": float(f"{worst.retention or 0.0:.4g}"),
         }
-    step = next_step("pack", parents=(checkpoint.digest,), options=options)
+    seed = None if healed is None else healed.record["seed"]
+    step = next_step("pack", parents=(checkpoint.digest,), options=options, seed=seed)
     tag = f"{checkpoint.manifest.tag}_{spec.scheme or kind}"
     return checkpoint.manifest.with_step(step, kind="packed", tag=tag, quantization=spec, files={})

@@ -70,29 +70,39 @@ def _one_scale(packed: PackedIntegers) -> bool:
 
 
 def packed_from_compressed(
-    entries: Mapping[str, Tensor], name: str, *, bits: int, group_size: int | None
+    entries: Mapping[str, Tensor],
+    name: str,
+    *,
+    bits: int,
+    group_size: int | None,
+    other_bits: Iterable[int] = (),
 ) -> PackedIntegers:
     """The weight `name` (`….weight`) whose parts lie beside it as `….weight_packed` and so on.
+
+    Its codes are of `bits`, or of one of `other_bits`: the sizes of the parts tell which.
 
     Raises:
         CorruptCheckpoint: a part is missing, or sizes, types or codes do not fit.
         Unsupported: other than 2, 4 or 8 bits.
     """
-    scheme, stem = compressed_scheme(bits), name.removesuffix("weight")
+    schemes = {count: compressed_scheme(count) for count in (bits, *other_bits)}
+    stem = name.removesuffix("weight")
     words, scales, shape = (_part(entries, f"{stem}{part}") for part in COMPRESSED_PARTS)
     rows, columns = (int(size) for size in shape.reshape(-1)) if shape.numel() == 2 else (0, 0)
     if words.dtype != torch.int32 or not scales.is_floating_point():
         raise CorruptCheckpoint(f"tensor {name!r}: codes {words.dtype}, scales {scales.dtype}")
-    if words.ndim != 2 or [*words.shape] != [rows, -(-row_bytes(columns, bits) // _WORD)]:
+    fitting = [b for b in schemes if [*words.shape] == [rows, -(-row_bytes(columns, b) // _WORD)]]
+    if words.ndim != 2 or len(fitting) != 1:
         raise CorruptCheckpoint(
             f"tensor {name!r}: codes {[*words.shape]} do not fit the shape {[rows, columns]}"
         )
-    codes = unpack_words(words, bits)[:, :columns] - (1 << (bits - 1))
+    (count,) = fitting
+    codes = unpack_words(words, count)[:, :columns] - (1 << (count - 1))
     try:
         return packed_from_codes(
             codes,
             scales.reshape(1, 1) if scales.numel() == 1 else scales,
-            scheme=scheme,
+            scheme=schemes[count],
             dtype=scales.dtype,
             group_size=group_size,
         )
@@ -106,25 +116,43 @@ def _part(entries: Mapping[str, Tensor], key: str) -> Tensor:
     return entries[key]
 
 
-def compressed_section(spec: QuantSpec, ignored: Iterable[str]) -> dict[str, object]:
+def compressed_section(
+    spec: QuantSpec, ignored: Iterable[str], promoted: Mapping[str, str] | None = None
+) -> dict[str, object]:
     """The `quantization_config` of weights that `compressed_entries` wrote.
 
-    `ignored` names (in memory) the linear modules that are not quantized.
+    `ignored` names (in memory) the linear modules that are not quantized, `promoted` those that are of
+    another scheme than `spec`, which they map to. The library takes the most precise name for a layer:
+    its own before `Linear`.
     """
     assert spec.scheme in BITS
-    whole = "tensor" if spec.scheme == "ternary" else "channel"
-    weights: dict[str, object] = {
-        "num_bits": BITS[spec.scheme],
-        "type": "int",
-        "symmetric": True,
-        "strategy": whole if spec.group_size is None else "group",
-        "group_size": spec.group_size,
-        "dynamic": False,
-    }
+    groups = {"group_0": _group(spec.scheme, spec.group_size, ["Linear"])}
+    others = sorted({*(promoted or {}).values()}, key=lambda scheme: BITS[_known(scheme)])
+    for at, scheme in enumerate(others, 1):
+        names = sorted(name for name, own in (promoted or {}).items() if own == scheme)
+        groups[f"group_{at}"] = _group(_known(scheme), spec.group_size, names)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": groups,
         "ignore": sorted(ignored),
     }
+
+
+def _known(scheme: str) -> IntegerScheme:
+    return next(known for known in BITS if known == scheme)
+
+
+def _group(scheme: IntegerScheme, group_size: int | None, targets: list[str]) -> dict[str, object]:
+    """One entry of `config_groups`: a scheme, and the layers that have it."""
+    whole = "tensor" if scheme == "ternary" else "channel"
+    weights: dict[str, object] = {
+        "num_bits": BITS[scheme],
+        "type": "int",
+        "symmetric": True,
+        "strategy": whole if group_size is None else "group",
+        "group_size": group_size,
+        "dynamic": False,
+    }
+    return {"targets": targets, "weights": weights}

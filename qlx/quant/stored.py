@@ -52,7 +52,7 @@ class StoredQuantization:
     """How the weights of a base are stored.
 
     `group_size` is None for one scale a row or tensor; `zeros_less_one` and `linear_class` are what
-    `packed_from_gptq` and `packed_from_bitnet` ask for.
+    `packed_from_gptq` and `packed_from_bitnet` ask for. Some weights may have `other_bits` than `bits`.
     """
 
     method: Method
@@ -63,6 +63,7 @@ class StoredQuantization:
     zeros_less_one: bool = True
     linear_class: BitnetClass = "bitlinear"
     double_quant: bool = False
+    other_bits: tuple[int, ...] = ()
 
     def weight_names(self, names: Iterable[str]) -> list[str]:
         """The packed weights, as `<module>.weight`, among the tensor names of a checkpoint, sorted."""
@@ -156,7 +157,13 @@ class StoredQuantization:
         if self.method == "awq":
             return packed_from_awq(entries, name, bits=self.bits)
         if self.method == "compressed-tensors":
-            return packed_from_compressed(entries, name, bits=self.bits, group_size=self.group_size)
+            return packed_from_compressed(
+                entries,
+                name,
+                bits=self.bits,
+                group_size=self.group_size,
+                other_bits=self.other_bits,
+            )
         return packed_from_gptq(
             entries,
             name,
@@ -234,29 +241,31 @@ def _awq(section: Mapping[str, Any]) -> StoredQuantization:
 
 def _compressed(section: Mapping[str, Any]) -> StoredQuantization:
     groups = list(dict(section.get("config_groups") or {}).values())
-    if section.get("format") != "pack-quantized" or len(groups) != 1:
+    if section.get("format") != "pack-quantized" or not groups:
         raise Unsupported(
             f"compressed-tensors weights in the format {section.get('format')!r} with {len(groups)} "
-            "config_groups; pack-quantized with one can be read"
+            "config_groups; pack-quantized can be read"
         )
-    weights = groups[0].get("weights") or {}
+    found = [group.get("weights") or {} for group in groups]
     unread = {
-        "zero points": weights.get("symmetric", True) is not True,
-        "codes of floats": weights.get("type", "int") != "int",
-        "reordered groups": weights.get("actorder") is not None,
-        "rounded inputs": groups[0].get("input_activations") is not None,
+        "zero points": any(weights.get("symmetric", True) is not True for weights in found),
+        "codes of floats": any(weights.get("type", "int") != "int" for weights in found),
+        "reordered groups": any(weights.get("actorder") is not None for weights in found),
+        "rounded inputs": any(group.get("input_activations") is not None for group in groups),
         "a transform": section.get("transform_config") not in (None, {}),
+        "groups of several sizes": len({weights.get("group_size") for weights in found}) > 1,
     }
-    for what, found in unread.items():
-        if found:
+    for what, is_found in unread.items():
+        if is_found:
             raise Unsupported(f"compressed-tensors weights with {what}")
-    bits = int(weights.get("num_bits", 8))
+    bits, *others = (int(weights.get("num_bits", 8)) for weights in found)
     return StoredQuantization(
         method="compressed-tensors",
         scheme=compressed_scheme(bits),
         bits=bits,
-        group_size=weights.get("group_size"),
+        group_size=found[0].get("group_size"),
         symmetric=True,
+        other_bits=tuple(sorted({*others} - {bits})),
     )
 
 

@@ -215,6 +215,7 @@ def test_json_usage_errors_are_one_object(capsys):
 @pytest.mark.parametrize(
     "arguments",
     [["frobnicate"], ["merge", "--frob"], ["pack", "/nowhere", "-o", "x", "--to", "nf4"],
+     ["pack", ".", "-o", "x", "--to", "int4", "--calibration", "."],
      ["plan", "--rank", "x"], ["serve", ".", "--port", "99999"], ["--frob"]],
 )  # fmt: skip
 def test_wrong_calls_end_with_2_and_say_where_to_look(arguments, capsys):

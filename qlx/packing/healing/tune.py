@@ -1,0 +1,257 @@
+"""Tuning a packed model against the one it was made of: scales first, then the rounding itself.
+
+The loss is KL(unmerged ‖ packed) of the outputs on calibration data. Scales are learned as
+s = s0 · exp(l), the codes staying what compensation made them. After that a low-rank C = B A inside
+the rounding, level = round(position + C), with straight-through gradients (LR-QAT, arXiv 2406.06385)
+moves single codes. Both use Adam with a warm-up and a cosine, and what is kept is what has the
+smallest KL on held-out rows, the untuned model included.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlx.packing.healing.blocks import Inputs, LayeredModel
+from qlx.packing.healing.compensate import Placed
+from qlx.packing.healing.grids import grid_of, levels_of, on_grid, scales_of, spread, with_parts
+from qlx.quant import FOUR_BIT, PackedTensor, quantize_activations
+
+__all__ = ["PackedLayer", "Rows", "divergence_of", "tune"]
+
+_SCALE_RATE, _CORRECTION_RATE = 2e-2, 2e-2
+_WARM_UP, _LAST_RATE = 15, 0.03  # steps, and the share of the rate that is left at the end
+_CHECKS = 10  # looks at the held-out rows in one stage
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch of inputs and what the unmerged model's last layer made of them."""
+
+    inputs: Inputs
+    state: Tensor
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which positions are real, bool [n, T]; None where all are."""
+        mask = self.inputs.get("attention_mask")
+        return None if mask is None else mask.bool()
+
+
+class PackedLayer(nn.Module):
+    """A linear layer on its grid whose scales and rounding can be tuned.
+
+    `logs` are added to the logarithms of the scales; `down` A [rank, in] and `up` B [out, rank] make
+    the correction. Either is None until a stage wants it.
+    """
+
+    def __init__(self, placed: Placed, bias: Tensor | None, activation_bits: int | None) -> None:
+        super().__init__()
+        self.placed, self.bias, self.activation_bits = placed, bias, activation_bits
+        self.grid, self.scales = grid_of(placed.packed.scheme), scales_of(placed.packed).float()
+        self.logs: nn.Parameter | None = None
+        self.down: nn.Parameter | None = None
+        self.up: nn.Parameter | None = None
+
+    @property
+    def scalable(self) -> bool:
+        """Whether its layout can hold other scales than the codec's."""
+        return self.placed.packed.scheme not in FOUR_BIT
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product with the tuned values, in float32."""
+        if self.activation_bits is not None:
+            input = quantize_activations(input, self.activation_bits)
+        scales = self.scales if self.logs is None else self.scales * self.logs.exp()
+        product: Callable[..., Tensor] = _Product.apply
+        output = product(input, scales, self.down, self.up, self)
+        return output if self.bias is None else output + self.bias
+
+    def levels(self) -> Tensor:
+        """The levels as they are now, float32 [out, in]."""
+        if self.down is None or self.up is None:
+            return levels_of(self.placed.packed)
+        return self.grid.rounded(self.positions())
+
+    def positions(self) -> Tensor:
+        """Where between the levels every value lies now, float32 [out, in]."""
+        assert self.down is not None
+        assert self.up is not None
+        return self.placed.positions().addmm_(self.up.detach(), self.down.detach())
+
+    def packed(self) -> PackedTensor:
+        """The weight as it is to be stored."""
+        scales = None if self.logs is None else self.scales * self.logs.detach().exp()
+        return with_parts(self.placed.packed, self.levels(), scales)
+
+    def learn(self, rank: int, generator: torch.Generator) -> list[dict[str, Any]]:
+        """Make the parameters of a stage and return them with their rates; of rank 0 only the scales."""
+        groups: list[dict[str, Any]] = []
+        if self.scalable:
+            if self.logs is None:
+                self.logs = nn.Parameter(torch.zeros_like(self.scales))
+            groups.append({"params": [self.logs], "lr": _SCALE_RATE})
+        if rank:
+            rows, columns = self.placed.packed.shape
+            first = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
+            self.down, self.up = nn.Parameter(first), nn.Parameter(torch.zeros(rows, rank))
+            groups.append({"params": [self.down, self.up], "lr": _CORRECTION_RATE})
+        return groups
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with W made of levels and scales in both passes, so that nothing of its size is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scales: Tensor,
+        down: Tensor | None,
+        up: Tensor | None,
+        layer: PackedLayer,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scales)
+        ctx.layer = layer
+        return nn.functional.linear(x, on_grid(layer.levels(), scales))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, scales = ctx.saved_tensors
+        layer: PackedLayer = ctx.layer
+        levels = layer.levels()
+        to_x = gradient @ on_grid(levels, scales) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:4]):
+            return to_x, None, None, None, None
+        shape = (int(levels.shape[0]), int(levels.shape[1]))
+        cut = spread(scales, shape)
+        weight = (gradient.reshape(-1, shape[0]).T @ x.reshape(-1, shape[1])).reshape(cut.shape)
+        to_scales = (weight * levels.reshape(cut.shape)).sum(dim=-1)
+        if scales.shape[0] == 1:
+            to_scales = to_scales.sum(dim=0, keepdim=True)
+        if layer.down is None or layer.up is None:
+            return to_x, to_scales, None, None, None
+        # straight through the rounding, and nowhere beyond the ends of the grid
+        moved = (weight * cut).reshape(shape) * layer.grid.inside(layer.positions())
+        to_down, to_up = layer.up.detach().T @ moved, moved @ layer.down.detach().T
+        return to_x, to_scales, to_down, to_up, None
+
+
+def divergence_of(reference: Tensor, outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean KL(softmax(reference) ‖ softmax(outputs)) over the real positions, in nats, differentiable.
+
+    The same quantity as `qlx.verification.compare` reports, in float32 and with a gradient; of
+    heatmaps [n, K, h, w] softmax is taken over the cells.
+    """
+    if outputs.ndim == 4:
+        reference, outputs = reference.flatten(2), outputs.flatten(2)
+    if mask is not None:
+        reference, outputs = reference[mask], outputs[mask]
+    wanted = reference.log_softmax(dim=-1)
+    return (wanted.exp() * (wanted - outputs.log_softmax(dim=-1))).sum(dim=-1).mean()
+
+
+def tune(
+    model: LayeredModel,
+    layers: Sequence[PackedLayer],
+    rows: Sequence[Rows],
+    held_out: Sequence[Rows],
+    *,
+    steps: int,
+    rank: int,
+    seed: int,
+) -> str:
+    """Tune `layers`, which are in their places in `model`; what was kept of it.
+
+    `compensation`, `scales` or `correction` is kept: the last stage that made the held-out rows better.
+    """
+    best, kept = _held_out(model, held_out), "compensation"
+    stages = [("scales", 0)] if any(layer.scalable for layer in layers) else []
+    stages += [("correction", rank)] if rank else []
+    for at, (name, own_rank) in enumerate(stages if steps else []):
+        generator = torch.Generator().manual_seed(seed + at)
+        before = _state(layers)
+        groups = [group for layer in layers for group in layer.learn(own_rank, generator)]
+        least, state = _stage(model, layers, rows, held_out, groups, steps, generator)
+        if least < best:
+            best, kept = least, name
+            _restore(layers, state)
+        else:
+            _restore(layers, before)
+    return kept
+
+
+def _stage(
+    model: LayeredModel,
+    layers: Sequence[PackedLayer],
+    rows: Sequence[Rows],
+    held_out: Sequence[Rows],
+    groups: list[dict[str, Any]],
+    steps: int,
+    generator: torch.Generator,
+) -> tuple[float, Any]:
+    """One stage of learning; the least held-out KL and the parameters that had it."""
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    rates = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
+    least, state = math.inf, _state(layers)
+    order = _order(len(rows), generator)
+    for step in range(1, steps + 1):
+        batch = rows[next(order)]
+        with torch.no_grad():
+            wanted = model.finished(batch.inputs, batch.state)
+        loss = divergence_of(wanted, model.outputs(batch.inputs), batch.mask)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        rates.step()
+        if step % max(1, steps // _CHECKS) == 0 or step == steps:
+            found = _held_out(model, held_out)
+            if found < least:
+                least, state = found, _state(layers)
+    return least, state
+
+
+def _rate(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: a warm-up, then half a cosine down to `_LAST_RATE`."""
+    falling = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / _WARM_UP) * (_LAST_RATE + (1 - _LAST_RATE) * falling)
+
+
+def _order(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Batches for ever, each time in another order."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _held_out(model: LayeredModel, rows: Sequence[Rows]) -> float:
+    """Mean KL over the real positions of all rows."""
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in rows:
+            wanted = model.finished(batch.inputs, batch.state)
+            found = divergence_of(wanted, model.outputs(batch.inputs), batch.mask)
+            size = float(len(wanted) if batch.mask is None else batch.mask.sum())
+            total, count = total + float(found) * size, count + size
+    return total / count
+
+
+def _state(layers: Sequence[PackedLayer]) -> Any:
+    """A copy of everything learned so far, for `_restore`."""
+    return [
+        {name: None if item is None else item.detach().clone() for name, item in _learned(layer)}
+        for layer in layers
+    ]
+
+
+def _learned(layer: PackedLayer) -> list[tuple[str, nn.Parameter | None]]:
+    return [("logs", layer.logs), ("down", layer.down), ("up", layer.up)]
+
+
+def _restore(layers: Sequence[PackedLayer], state: Any) -> None:
+    for layer, values in zip(layers, state, strict=True):
+        for name, value in values.items():
+            setattr(layer, name, None if value is None else nn.Parameter(value))
