@@ -193,7 +193,11 @@ def attach_exact(
         if any(names_part(name.rpartition(".")[0], part) for part in section.modules_to_save):
             before[name] = parameter.detach().clone()
             parameter.requires_grad_(True)
-    model.is_loaded_in_4bit = False  # type: ignore[assignment]  # what is trained is not bitsandbytes'
+    for mark in (
+        "is_loaded_in_4bit",
+        "is_quantized",
+    ):  # by which Trainer refuses bases without an adapter
+        setattr(model, mark, False)
     model.disable_adapter = partial(_without, model, before)  # type: ignore[assignment]
     return model
 

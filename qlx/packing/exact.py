@@ -44,7 +44,7 @@ def exact_spec_for(checkpoint: Checkpoint, wanted: QuantSpec, selection: Selecti
     """
     trained = checkpoint.manifest.quantization
     kept, held = _scales(trained), _scales(wanted)
-    if wanted.backend != "bitsandbytes" and held != kept:
+    if wanted.backend != "bitsandbytes" and held not in ("float32", kept):
         raise Unsupported(
             f"{checkpoint.path}: its scales were trained in {kept}, and a file of {held} weights holds them in {held}; "
             f"train with quantization.scale_dtype: {held}, or merge with --dtype {kept} and pack that"
@@ -55,6 +55,8 @@ def exact_spec_for(checkpoint: Checkpoint, wanted: QuantSpec, selection: Selecti
             f"{checkpoint.path}: {left[0]!r} was quantized in training and cannot be packed"
         )
     rounds: dict[str, object] = {"activation_bits": trained.activation_bits}
+    if kept != "float32":
+        rounds |= {"extras": {**wanted.extras, SCALE_DTYPE: kept}}
     if wanted.backend == "bitnet" and trained.activation_bits is None:
         rounds |= {"backend": "compressed-tensors"}  # BitNet's layers would round their inputs
     return wanted.model_copy(update=rounds)

@@ -294,3 +294,69 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(digits_base, tmp_path
     resumed = train(recipe, tmp_path / "run", resume=True)
     assert (resumed.path / EXACT_FILE).read_bytes() == (whole.path / EXACT_FILE).read_bytes()
     assert resumed.manifest.adapter == whole.manifest.adapter
+
+
+KINDS = {
+    "bf16": (
+        {"dtype": "bfloat16"},
+        {"quant_type": "int4", "group_size": 32, "scale_dtype": "bfloat16"},
+    ),
+    "bitnet": ({}, {"quant_type": "ternary", "group_size": "whole", "activation_bits": 8}),
+    "one scale": ({}, {"quant_type": "ternary", "group_size": "whole"}),
+    "hf": ({}, {"quant_type": "nf4", "mode": "hf"}),
+    "codes": ({}, None),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_base(kind, python_base, tmp_path):
+    """In 16 bits, with rounded inputs, loaded quantized by transformers, and of codes that nobody made here."""
+    changes, quantization = KINDS[kind]
+    base = python_base
+    if kind == "codes":
+        base = pack(python_base, tmp_path / "codes", to="int4", group_size=32).path
+    recipe = recipe_for("python", "int4", base)
+    recipe = Recipe.model_validate(
+        {
+            **recipe.model_dump(mode="json"),
+            "base": {"path": str(base), **changes},
+            "quantization": quantization,
+        }
+    )
+    run = train(recipe, tmp_path / "run")
+    scheme = run.manifest.quantization.scheme
+    packed = pack(run.path, tmp_path / "packed", to=scheme, base=base)
+    assert packed.manifest.quantization.fingerprint == run.manifest.adapter.codes
+    assert packed.manifest.quantization.backend == {
+        "bitnet": "bitnet",
+        "hf": "bitsandbytes",
+    }.get(kind, "compressed-tensors")
+    unmerged = load_model(run, resolve_source(str(base)))
+    same_codes(codes_of(unmerged), codes_of(load_model(packed)))
+    probe = read_probe(run.path)
+    assert farthest(replay(packed, None, probe), probe.reference, probe) == 0
+    assert farthest(probe.base, probe.reference, probe) > 1e-3
+    if kind == "bitnet":
+        with pytest.raises(Unsupported, match="pack it if it is exact"):
+            merge(base, [run.path], tmp_path / "merged")
+        return
+    merged = merge(base, [run.path], tmp_path / "merged")
+    again = pack(merged.path, tmp_path / "again", to=scheme)
+    assert again.manifest.quantization.fingerprint == run.manifest.adapter.codes
+
+
+def test_scales_that_a_file_could_not_hold_are_refused(python_base, tmp_path):
+    quantization = {"quant_type": "int4", "group_size": 32}
+    recipe = recipe_for("python", "int4", python_base)
+    recipe = Recipe.model_validate(
+        {
+            **recipe.model_dump(mode="json"),
+            "base": {"path": str(python_base), "dtype": "bfloat16"},
+            "quantization": quantization,
+        }
+    )
+    run = train(recipe, tmp_path / "run")
+    merged = merge(python_base, [run.path], tmp_path / "merged", dtype="bfloat16")
+    with pytest.raises(Unsupported, match="scale_dtype: bfloat16"):
+        pack(merged.path, tmp_path / "packed", to="int4")
