@@ -40,6 +40,7 @@ __all__ = [
     "STORED_DTYPE",
     "computing_in",
     "empty_model",
+    "load_as_trained",
     "load_base",
     "load_model",
     "model_config",
@@ -424,8 +425,28 @@ def _adapted(
 ) -> nn.Module:
     from qlx.adapters import load_adapter
 
+    source = base or _recorded_base(checkpoint.manifest, checkpoint.path)
+    model = load_as_trained(checkpoint, source, config_from=checkpoint.path, folder=folder)
+    weights = list(model.parameters())
+    adapted: nn.Module = load_adapter(model, checkpoint.path)
+    if folder is not None:
+        lend_layers(adapted.requires_grad_(False), weights)
+    return computing_in(adapted, compute_dtype).eval()
+
+
+def load_as_trained(
+    checkpoint: Checkpoint,
+    source: Source,
+    *,
+    config_from: Path | None = None,
+    folder: Path | None = None,
+) -> nn.Module:
+    """The base of a run or adapter as training saw it, without the adapter; see `load_base`.
+
+    Raises:
+        Mismatch: it is not the recorded one, or quantizes to other codes.
+    """
     manifest = checkpoint.manifest
-    source = base or _recorded_base(manifest, checkpoint.path)
     require_base(manifest, source)
     stored = torch_float(str(manifest.quantization.extras.get(STORED_DTYPE, "float32")))
     model = load_base(
@@ -433,15 +454,11 @@ def _adapted(
         manifest.task,
         dtype=stored,
         quant=manifest.quantization,
-        config_from=checkpoint.path,
+        config_from=config_from,
         folder=folder,
     )
     _require_same_codes(model, manifest, source)
-    weights = list(model.parameters())
-    adapted: nn.Module = load_adapter(model, checkpoint.path)
-    if folder is not None:
-        lend_layers(adapted.requires_grad_(False), weights)
-    return computing_in(adapted, compute_dtype).eval()
+    return model
 
 
 def _recorded_base(manifest: Manifest, path: Path) -> Source:
