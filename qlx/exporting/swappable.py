@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from qlx.checkpoint import (
     PROBE_FILE,
@@ -38,7 +39,7 @@ from qlx.exporting.quiet import quiet
 from qlx.exporting.separate import make_swappable
 from qlx.exporting.updates import Update, adapter_updates, write_adapter_file
 from qlx.merging.companions import COMPANION_FILES, copy_companions
-from qlx.models import STORED_DTYPE, computing_in, load_as_trained
+from qlx.models import STORED_DTYPE, computing_in, forward_logits, load_as_trained
 from qlx.quant import packed_linears
 from qlx.runtime import ADAPTER_SUFFIX, OnnxModel, OnnxPredictor, class_labels, open_model
 from qlx.verification import compare, judged, needs_base, probe_of, sealed
@@ -197,6 +198,7 @@ class _Job:
         with quiet():
             model = load_as_trained(self.first, self.source)
             computing_in(model, torch.float32).eval()
+            write_probe(staging / PROBE_FILE, self._base_probe(model))
             updates = {n: adapter_updates(model, each.path) for n, each in self.adapters.items()}
         prefixes = make_swappable(model, _places(updates.values()))
         packed_linears(model, accuracy_level=self.arithmetic.accuracy_level or 0)
@@ -211,16 +213,15 @@ class _Job:
             write_probe(
                 staging / _probe_file(name), replace(probe_of(self.adapters[name]), own=None)
             )
-        write_probe(staging / PROBE_FILE, self._base_probe())
 
-    def _base_probe(self) -> Probe:
-        """The first adapter's inputs, with the outputs that its training had without it."""
+    def _base_probe(self, model: nn.Module) -> Probe:
+        """The first adapter's inputs, with what the base computes of them.
+
+        Not the outputs that its training recorded with the adapter off: PEFT leaves trained biases on.
+        """
         probe = probe_of(self.first)
-        if probe.base is None:
-            raise InputRefused(
-                f"{self.first.path}: its probe has no outputs of the base alone; make it again with save-adapter"
-            )
-        return Probe(probe.task, probe.inputs, reference=probe.base, labels=probe.labels)
+        reference = forward_logits(model, self.first.manifest.task, probe.inputs)
+        return Probe(probe.task, probe.inputs, reference=reference, labels=probe.labels)
 
     def manifest(self) -> Manifest:
         """The manifest before any replay."""

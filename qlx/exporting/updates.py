@@ -5,7 +5,7 @@ linear layer that was trained whole is its difference from the base's, as a prod
 trained bias is what it adds. What else an adapter may hold is refused, by name and with the reason.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,16 +200,14 @@ def _together(directory: Path, module: str, low: Update | None, whole: Update) -
 
 def write_adapter_file(path: Path, updates: Mapping[str, Update]) -> None:
     """Write an `.onnx_adapter`, onnxruntime's own format; the same updates give the same bytes."""
-    tensors = (update.inputs(module) for module, update in sorted(updates.items()))
-    named = {name: tensor for inputs in tensors for name, tensor in inputs.items()}
-    _write(path, named.items())
-
-
-def _write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    tensors = [update.inputs(module) for module, update in sorted(updates.items())]
+    values = {  # they share the memory of `tensors`, and the file's writer holds on to neither
+        name: ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+        for inputs in tensors
+        for name, tensor in inputs.items()
+    }
     file = ort.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(1)
-    file.set_parameters({
-        name: ort.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in tensors
-    })  # fmt: skip
+    file.set_parameters(values)
     file.export_adapter(str(path))

@@ -84,7 +84,7 @@ def _adapter_tensors(file: Path | None) -> dict[str, Array]:
     if file is None:
         return {}
     parameters = require("onnxruntime", "export").AdapterFormat.read_adapter(str(file))
-    return {name: value.numpy() for name, value in parameters.get_parameters().items()}
+    return {name: value.numpy().copy() for name, value in parameters.get_parameters().items()}
 
 
 def _of_one_row(values: Array) -> Array:
