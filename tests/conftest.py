@@ -267,3 +267,50 @@ def python_run(trained: Callable[[str, Any], Path], python_base: Path) -> Path:
 @pytest.fixture(scope="session")
 def python_run_fp4(trained: Callable[[str, Any], Path], python_base: Path) -> Path:
     return trained("python-fp4", recipe_of(PYTHON_RUN, python_base, quantization=FP4))
+
+
+@pytest.fixture(scope="session")
+def digits_second(trained: Callable[[str, Any], Path], digits_base: Path) -> Path:
+    """Another adapter on the base of `digits_run`, quantized alike: other rank, scaling and targets."""
+    recipe = recipe_of(DIGITS_RUN, digits_base, **_second(DIGITS_RUN), name="digits-second")
+    return trained("digits-second", recipe)
+
+
+@pytest.fixture(scope="session")
+def python_second(trained: Callable[[str, Any], Path], python_base: Path) -> Path:
+    """Another adapter on the base of `python_run`, as `digits_second`."""
+    recipe = recipe_of(PYTHON_RUN, python_base, **_second(PYTHON_RUN), name="python-second")
+    return trained("python-second", recipe)
+
+
+def _second(content: dict[str, Any]) -> dict[str, Any]:
+    adapter = {"rank": 6, "alpha": 9, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}
+    return {"adapter": adapter, "training": {**content["training"], "max_steps": 30, "seed": 7}}
+
+
+@pytest.fixture(scope="session")
+def swappable_digits(
+    digits_base: Path,
+    digits_run: Path,
+    digits_second: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The ONNX base of both digits adapters with them as `first` and `second`."""
+    from qlx.exporting import export_adapters
+
+    adapters = [("first", digits_run), ("second", digits_second)]
+    return export_adapters(digits_base, adapters, tmp_path_factory.mktemp("swap") / "digits").path
+
+
+@pytest.fixture(scope="session")
+def swappable_python(
+    python_base: Path,
+    python_run: Path,
+    python_second: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The ONNX base of both language adapters with them as `first` and `second`."""
+    from qlx.exporting import export_adapters
+
+    adapters = [("first", python_run), ("second", python_second)]
+    return export_adapters(python_base, adapters, tmp_path_factory.mktemp("swap") / "python").path

@@ -24,6 +24,7 @@ __all__ = [
     "delta_rows",
     "delta_shape",
     "delta_weight",
+    "dora_factor",
     "fitted",
     "merged_weight",
     "scaling_of",
@@ -234,14 +235,26 @@ def merged_weight(base: Tensor, delta: LoraDelta) -> Tensor:
         Mismatch: the delta is for a weight of another shape.
         InputRefused: DoRA meets an output whose values are all zero.
     """
-    if tuple(base.shape) != delta_shape(delta):
-        raise Mismatch(
-            f"module {delta.module!r}: the base weight is {list(base.shape)}, "
-            f"the adapter is for {list(delta_shape(delta))}"
-        )
+    _require_fit(base, delta)
     updated = delta_weight(delta).add_(base.float())
+    return updated if delta.magnitude is None else updated * _dora_factor(updated, delta)
+
+
+def dora_factor(base: Tensor, delta: LoraDelta) -> Tensor | None:
+    """By what DoRA multiplies each output [out], float32: m / ||W + delta||; None without magnitudes.
+
+    Raises:
+        Mismatch, InputRefused: as `merged_weight`.
+    """
+    _require_fit(base, delta)
     if delta.magnitude is None:
-        return updated
+        return None
+    return _dora_factor(delta_weight(delta).add_(base.float()), delta).reshape(-1)
+
+
+def _dora_factor(updated: Tensor, delta: LoraDelta) -> Tensor:
+    """M / ||W + delta||, shaped to multiply the weight `updated` = W + delta."""
+    assert delta.magnitude is not None
     axis = delta._out_axis
     others = tuple(dim for dim in range(updated.dim()) if dim != axis)
     norm: Tensor = torch.linalg.vector_norm(updated, dim=others, keepdim=True)
@@ -249,7 +262,15 @@ def merged_weight(base: Tensor, delta: LoraDelta) -> Tensor:
         raise InputRefused(
             f"module {delta.module!r}: DoRA cannot rescale an output that is all zero"
         )
-    return updated * (delta.magnitude.float().reshape(norm.shape) / norm)
+    return delta.magnitude.float().reshape(norm.shape) / norm
+
+
+def _require_fit(base: Tensor, delta: LoraDelta) -> None:
+    if tuple(base.shape) != delta_shape(delta):
+        raise Mismatch(
+            f"module {delta.module!r}: the base weight is {list(base.shape)}, "
+            f"the adapter is for {list(delta_shape(delta))}"
+        )
 
 
 def delta_bias(delta: LoraDelta) -> Tensor | None:

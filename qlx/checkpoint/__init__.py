@@ -20,6 +20,7 @@ from qlx.checkpoint.lineage import next_step
 from qlx.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    AdapterEntry,
     AdapterSpec,
     BaseRef,
     FileEntry,
@@ -30,6 +31,7 @@ from qlx.checkpoint.manifest import (
     QuantSpec,
     Step,
     Task,
+    check_adapter_name,
 )
 from qlx.checkpoint.model_config import CONFIG_FILE, KNOWN, read_config
 from qlx.checkpoint.outputs import check_apart, check_file, check_output
@@ -44,6 +46,7 @@ __all__ = [
     "KNOWN",
     "MANIFEST_FILE",
     "PROBE_FILE",
+    "AdapterEntry",
     "AdapterSpec",
     "BaseRef",
     "Checkpoint",
@@ -60,6 +63,7 @@ __all__ = [
     "Task",
     "bytes_digest",
     "canonical_json",
+    "check_adapter_name",
     "check_apart",
     "check_file",
     "check_output",

@@ -20,11 +20,12 @@ from pydantic import (
 
 from qlx.checkpoint.digest import bytes_digest
 from qlx.checkpoint.strict_json import canonical_json
-from qlx.errors import CorruptCheckpoint, InputRefused
+from qlx.errors import CorruptCheckpoint, InputRefused, UsageError
 
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_FILE",
+    "AdapterEntry",
     "AdapterSpec",
     "BaseRef",
     "FileEntry",
@@ -35,6 +36,7 @@ __all__ = [
     "QuantSpec",
     "Step",
     "Task",
+    "check_adapter_name",
     "parse_manifest",
 ]
 
@@ -66,7 +68,23 @@ def _digest(value: str) -> str:
     return value
 
 
+def check_adapter_name(name: str) -> str:
+    """A name that can begin a file's name and is never taken for an option or a path.
+
+    Raises:
+        ValueError: it cannot; the message says what can.
+    """
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            f"{name!r} is not allowed as an adapter's name (at most 100 letters, digits, '.', '_', '-')"
+        )
+    return name
+
+
 FileName = Annotated[str, AfterValidator(_flat_name)]
+AdapterName = Annotated[str, AfterValidator(check_adapter_name)]
 Digest = Annotated[str, AfterValidator(_digest)]
 
 
@@ -201,8 +219,27 @@ class ProbeRecord(_Frozen):
     results: tuple[ProbeResult, ...] = ()
 
 
+class AdapterEntry(_Frozen):
+    """One adapter of several that a graph can run with: its file, and what was recorded of it.
+
+    `tag`, `adapter`, `lineage` and `probe` are those that the directory's manifest would have if it held
+    this adapter alone; `digest` is that of the checkpoint it was made of.
+    """
+
+    file: FileName
+    digest: Digest
+    tag: str = Field(min_length=1, max_length=200)
+    adapter: AdapterSpec
+    lineage: tuple[Step, ...] = ()
+    probe: ProbeRecord
+
+
 class Manifest(_Frozen):
-    """The whole of `qlx.json`, except the digest that seals it."""
+    """The whole of `qlx.json`, except the digest that seals it.
+
+    `adapters`, left out where there are none, are those that an ONNX graph can run with, by name; all
+    other fields are then those of the graph without any.
+    """
 
     format: Literal["qlx"] = "qlx"
     format_version: Literal[1] = 1
@@ -215,6 +252,12 @@ class Manifest(_Frozen):
     lineage: tuple[Step, ...] = ()
     files: dict[FileName, FileEntry] = Field(default_factory=dict)
     probe: ProbeRecord | None = None
+    adapters: dict[AdapterName, AdapterEntry] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_no_adapters(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = inner(self)
+        return {name: value for name, value in fields.items() if value or name != "adapters"}
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
@@ -225,7 +268,29 @@ class Manifest(_Frozen):
         typed = self.quantization.quantized or self.quantization.backend == "gguf"
         if self.kind == "packed" and not typed:
             raise ValueError("a packed checkpoint needs quantization.scheme")
+        if self.adapters and self.kind != "onnx":
+            raise ValueError(f"a checkpoint of kind {self.kind!r} cannot hold swappable adapters")
+        for name, entry in self.adapters.items():
+            for file in (entry.file, entry.probe.file):
+                if self.files and file not in self.files:
+                    raise ValueError(
+                        f"the file {file!r} of adapter {name!r} is not among the files"
+                    )
         return self
+
+    def with_adapter(self, name: str) -> "Manifest":
+        """What the manifest would be if the graph ran with this adapter alone.
+
+        Raises:
+            UsageError: there is no adapter of that name; the message lists those there are.
+        """
+        if name not in self.adapters:
+            there = ", ".join(sorted(self.adapters))
+            known = f"there are {there}" if there else "the model has no swappable adapters"
+            raise UsageError(f"there is no adapter {name!r}: {known}")
+        entry = self.adapters[name]
+        fields = {"tag": entry.tag, "adapter": entry.adapter, "probe": entry.probe}
+        return self.model_copy(update={**fields, "lineage": entry.lineage, "adapters": {}})
 
     def to_bytes(self) -> bytes:
         """The bytes of `qlx.json`: canonical, and sealed by a digest over all other fields."""

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qlx.checkpoint.manifest import (
 )
 from qlx.checkpoint.migrate import migrate_value
 from qlx.checkpoint.strict_json import MAX_BYTES, canonical_json, load_json, parse_json
-from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
+from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported, UsageError
 
 __all__ = ["Checkpoint", "is_checkpoint", "open_checkpoint", "read_manifest", "seal"]
 
@@ -27,11 +27,26 @@ class Checkpoint:
     """An opened checkpoint: its directory, its manifest, and the digest of the manifest's bytes.
 
     The digest names the checkpoint as a whole, because the manifest holds every file's digest.
+    `adapter` is the one of its swappable adapters that is meant, None for the model without any.
     """
 
     path: Path
     manifest: Manifest
     digest: str
+    adapter: str | None = None
+
+    def with_adapter(self, name: str | None) -> "Checkpoint":
+        """The same files with one of the swappable adapters, and the manifest as it is for that one.
+
+        Raises:
+            UsageError: there is no adapter of that name.
+        """
+        if name is None:
+            return self
+        try:
+            return replace(self, manifest=self.manifest.with_adapter(name), adapter=name)
+        except UsageError as error:
+            raise UsageError(f"{self.path}: {error}") from error
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -12,6 +12,7 @@ from qlx.cli.session import Session
     "eval",
     examples=(
         "qlx eval onnx/digits",
+        "qlx eval onnx/both --adapter digits",
         "qlx eval adapters/digits --base runs/digits-base",
     ),
 )
@@ -22,9 +23,15 @@ from qlx.cli.session import Session
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Recipe whose data section to use (default: the data that CHECKPOINT was trained on).",
 )
+@options.adapter_name()
 @click.option("--offload", is_flag=True, help="Read weights from disk as each layer runs.")
 def command(
-    session: Session, checkpoint: Path, base: str | None, data: Path | None, offload: bool
+    session: Session,
+    checkpoint: Path,
+    base: str | None,
+    data: Path | None,
+    adapter: str | None,
+    offload: bool,
 ) -> None:
     """Score a checkpoint on held-out data.
 
@@ -36,5 +43,5 @@ def command(
     from qlx.verification import evaluate
 
     section = load_recipe(data).data if data else None
-    result = evaluate(checkpoint, base=base, data=section, offload=offload)
+    result = evaluate(checkpoint, base=base, data=section, offload=offload, adapter=adapter)
     session.emit(render.score_data(checkpoint, result), render.print_scores)

@@ -142,6 +142,12 @@ def base(*, required: bool = False) -> Decorator:
     return click.option("--base", metavar="BASE", required=required, help=text)
 
 
+def adapter_name() -> Decorator:
+    """`--adapter NAME`: one of those that a graph was exported with."""
+    text = "Run an ONNX checkpoint with this one of its adapters (see qlx inspect)."
+    return click.option("--adapter", metavar="NAME", help=text)
+
+
 def adapters(*, required: bool = False) -> Decorator:
     """`--adapter DIR`, as often as needed."""
     return click.option(

@@ -28,7 +28,7 @@ _SHOWN = ("relative", "max_abs", "kl_mean", "top1", "retention")
 def checkpoint_data(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a command that wrote a checkpoint reports: where, what, how large, every replay."""
     manifest = checkpoint.manifest
-    return {
+    data = {
         "path": str(checkpoint.path),
         "kind": manifest.kind,
         "task": manifest.task,
@@ -36,6 +36,23 @@ def checkpoint_data(checkpoint: Checkpoint) -> dict[str, Any]:
         "digest": checkpoint.digest,
         "size": _size(manifest),
         "results": _results(manifest),
+    }
+    adapters = {name: _adapter_data(manifest, name) for name in sorted(manifest.adapters)}
+    return data | ({"adapters": adapters} if adapters else {})
+
+
+def _adapter_data(manifest: Manifest, name: str) -> dict[str, Any]:
+    """One of several adapters: what it is, how large, every replay since it was exported with the others."""
+    entry = manifest.adapters[name]
+    results = [
+        each for each in _results(manifest.with_adapter(name)) if each["step"] == "export-onnx"
+    ]
+    return {
+        "tag": entry.tag,
+        "file": entry.file,
+        "size": manifest.files[entry.file].size,
+        "what": _adapter(entry.adapter.model_dump(mode="json")),
+        "results": results,
     }
 
 
@@ -61,7 +78,27 @@ def manifest_data(checkpoint: Checkpoint) -> dict[str, Any]:
 def print_made(console: "Console", data: Mapping[str, Any]) -> None:
     """One line for the checkpoint, and a table of its replays."""
     console.print(f"{data['kind']} {data['path']}  {format_bytes(data['size'])}  {data['tag']}")
-    _print_results(console, data["results"])
+    _print_adapters(console, data)
+    _print_results(console, _all_results(data))
+
+
+def _print_adapters(console: "Console", data: Mapping[str, Any]) -> None:
+    """A table of the adapters to choose from, if there are any."""
+    adapters = data.get("adapters", {}).items()
+    rows = [(name, format_bytes(each["size"]), each["what"]) for name, each in adapters]
+    if rows:
+        console.print(_table(("adapter", "size", "what it is"), rows))
+
+
+def _all_results(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The replays of the checkpoint, then of each of its adapters under the adapter's name."""
+    adapters = data.get("adapters", {}).items()
+    of = [
+        {**result, "against": f"{result['against']} of {name}"}
+        for name, each in adapters
+        for result in each["results"]
+    ]
+    return [*data["results"], *of]
 
 
 def print_trained(console: "Console", data: Mapping[str, Any]) -> None:
@@ -159,7 +196,8 @@ def print_manifest(console: "Console", data: Mapping[str, Any]) -> None:
     files = [(n, format_bytes(f["size"]), f["sha256"][:12]) for n, f in manifest["files"].items()]
     console.print(_table(("file", "size", "sha256"), files))
     console.print(f"{len(files)} files match their digests, {format_bytes(data['size'])} in all")
-    _print_results(console, data["results"])
+    _print_adapters(console, data)
+    _print_results(console, _all_results(data))
 
 
 def _base(base: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from qlx.cli.session import Session
     extra="serve",
     examples=(
         "qlx serve onnx/digits --port 8080",
+        "qlx serve onnx/both",
         "qlx serve adapters/python --base runs/python-base --adapter second=adapters/other",
     ),
 )
@@ -51,6 +52,8 @@ def command(
     api_key_env: str | None,
 ) -> None:
     """Serve a checkpoint over HTTP.
+
+    Each adapter that a graph was exported with is a model of its own: a request's `model` names it.
 
     The address is printed on standard error once it answers, and with --json on standard output
     too, with the models' names. SIGINT or SIGTERM ends it: running answers are finished, and the

@@ -25,6 +25,7 @@ from qlx.cli.session import Session
     help="Run this checkpoint, of any kind, on the same inputs and compare with it.",
 )
 @options.base()
+@options.adapter_name()
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -53,6 +54,7 @@ def command(
     checkpoint: Path,
     against: Path | None,
     base: str | None,
+    adapter: str | None,
     data: Path | None,
     limits: tuple[str, ...],
     layers: bool | None,
@@ -80,7 +82,13 @@ def command(
         layers = True
     tighten = dict(_limit(text) for text in limits)
     report = verify(
-        checkpoint, against=against, base=base, tighten=tighten, data=data, layers=layers
+        checkpoint,
+        against=against,
+        base=base,
+        adapter=adapter,
+        tighten=tighten,
+        data=data,
+        layers=layers,
     )
     for file, text in ((junit, to_junit), (markdown, to_markdown)):
         if file is not None:

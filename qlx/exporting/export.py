@@ -26,7 +26,15 @@ from qlx.merging.companions import copy_companions
 from qlx.verification import base_of, needs_base, probe_of
 from qlx.verification.prove import prove
 
-__all__ = ["ACCURACY_LEVELS", "PRECISIONS", "export_onnx"]
+__all__ = [
+    "ACCURACY_LEVELS",
+    "ADVICE",
+    "COMMAND",
+    "PRECISIONS",
+    "Arithmetic",
+    "arithmetic_of",
+    "export_onnx",
+]
 
 INTEGERS = ("int8", "int4", "ternary")
 PRECISIONS = ("fp32", "fp16", "nf4", "fp4", *INTEGERS)
@@ -35,7 +43,7 @@ ACCURACY_LEVELS = (0, 4)
 
 COMMAND = "export-onnx"
 
-_ADVICE = {
+ADVICE = {
     "fp16": "export it in fp32, without --precision fp16",
     "rounded": "export it without --accuracy-level 4",
     "exact": "run `qlx verify` on the checkpoint: where that fails too, it is no longer the model it was; "
@@ -82,7 +90,8 @@ def export_onnx(
     )
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(given)
     _require_exportable(source)
-    arithmetic = _arithmetic(source.manifest, precision, accuracy_level)
+    scheme = source.manifest.quantization.scheme if source.manifest.kind != "merged" else None
+    arithmetic = arithmetic_of(scheme, precision, accuracy_level)
     probe = probe_of(source)
     own_base = base_of(source, base)
     with new_checkpoint(Path(output), force=force) as staging:
@@ -96,7 +105,7 @@ def export_onnx(
 
 
 @dataclass(frozen=True)
-class _Arithmetic:
+class Arithmetic:
     """What the weights are stored in, and the accuracy level of kernels that have one."""
 
     precision: str
@@ -104,7 +113,7 @@ class _Arithmetic:
 
     @property
     def rounded(self) -> str:
-        """What is rounded on the way: a key of `_ADVICE`."""
+        """What is rounded on the way: a key of `ADVICE`."""
         return "fp16" if self.precision == "fp16" else "rounded" if self.accuracy_level else "exact"
 
     def options(self) -> dict[str, object]:
@@ -113,13 +122,13 @@ class _Arithmetic:
         return {"precision": self.precision, **level}
 
 
-def _prove(staging: Path, manifest: Manifest, probe: Probe, arithmetic: _Arithmetic) -> None:
+def _prove(staging: Path, manifest: Manifest, probe: Probe, arithmetic: Arithmetic) -> None:
     """Replay; a graph that rounds is compared with the checkpoint it was made of, too."""
     rounded = arithmetic.rounded
     exported = probe.reference if probe.own is None else probe.own
     beside = ("the exported checkpoint", exported) if rounded == "rounded" else None
     own = probe.own if rounded == "exact" else None
-    prove(staging, manifest, own=own, beside=beside, advice=_ADVICE[rounded])
+    prove(staging, manifest, own=own, beside=beside, advice=ADVICE[rounded])
 
 
 def _require_exportable(source: Checkpoint) -> None:
@@ -130,19 +139,24 @@ def _require_exportable(source: Checkpoint) -> None:
         )
 
 
-def _arithmetic(manifest: Manifest, precision: str | None, level: int | None) -> _Arithmetic:
-    chosen = _precision(manifest, precision)
+def arithmetic_of(scheme: str | None, precision: str | None, level: int | None) -> Arithmetic:
+    """What the weights become, from the scheme they have (None: plain) and what was asked for.
+
+    Raises:
+        Unsupported: the precision does not fit the weights.
+        UsageError: there is no such precision or level, or the level has no meaning here.
+    """
+    chosen = _precision(scheme, precision)
     if level not in (None, *ACCURACY_LEVELS):
         raise UsageError(f"accuracy level {level} is not one of {ACCURACY_LEVELS}")
     if level and chosen not in INTEGERS:
         raise UsageError(
             f"--accuracy-level {level} is for {', '.join(INTEGERS)} weights; these are {chosen}"
         )
-    return _Arithmetic(chosen, (level or 0) if chosen in INTEGERS else None)
+    return Arithmetic(chosen, (level or 0) if chosen in INTEGERS else None)
 
 
-def _precision(manifest: Manifest, wanted: str | None) -> str:
-    scheme = manifest.quantization.scheme if manifest.kind != "merged" else None
+def _precision(scheme: str | None, wanted: str | None) -> str:
     own = scheme or "fp32"
     if wanted not in (None, *PRECISIONS):
         raise UsageError(f"precision {wanted!r} is not one of {', '.join(PRECISIONS)}")
@@ -161,7 +175,7 @@ def _precision(manifest: Manifest, wanted: str | None) -> str:
 
 
 def _write_model(
-    source: Checkpoint, base: Source | None, arithmetic: _Arithmetic, staging: Path
+    source: Checkpoint, base: Source | None, arithmetic: Arithmetic, staging: Path
 ) -> None:
     """The graph, its weights and the small files a runtime reads."""
     from qlx.models import load_model
@@ -179,7 +193,7 @@ def _write_model(
         write_generation_config(staging, model)
 
 
-def _manifest(source: Checkpoint, base: Source | None, arithmetic: _Arithmetic) -> Manifest:
+def _manifest(source: Checkpoint, base: Source | None, arithmetic: Arithmetic) -> Manifest:
     separate = needs_base(source.manifest)
     layout = "separate" if separate else source.manifest.kind
     parents = [source.digest] if base is None else [source.digest, base.fingerprint]

@@ -21,7 +21,12 @@ _EXTERNAL_FROM = 1024
 
 
 def build_graph(
-    model: nn.Module, task: str, *, half: bool = False, prefixes: Mapping[str, str] | None = None
+    model: nn.Module,
+    task: str,
+    *,
+    half: bool = False,
+    prefixes: Mapping[str, str] | None = None,
+    swappable: bool = False,
 ) -> ir.Model:
     """Trace a module in eval mode and turn the trace into its final form.
 
@@ -30,6 +35,7 @@ def build_graph(
         task: `image-classification` or `causal-lm`.
         half: store large weights as float16.
         prefixes: old → new prefix of initializer names.
+        swappable: adapters are inputs of the graph (`SwappableLora` holds their places).
 
     Returns:
         A graph whose bytes depend only on the weights and the architecture.
@@ -39,6 +45,8 @@ def build_graph(
     passes.rename_initializers(graph, _renamed(graph, prefixes or {}))
     passes.transpose_weights(graph)
     passes.name_interface(graph)
+    if swappable:
+        passes.declare_adapters(graph)
     if half:
         passes.store_as_float16(graph)
     passes.strip_metadata(graph)

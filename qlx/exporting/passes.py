@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qlx.errors import Unsupported
 from qlx.exporting.quiet import quiet
+from qlx.runtime import ADAPTER_PARTS
 
 __all__ = [
     "CONTRIB_DOMAIN",
+    "declare_adapters",
     "import_contrib_operators",
     "name_interface",
     "optimise",
@@ -196,6 +199,46 @@ def _layer_of(name: str | None) -> str | None:
 def _free_axes(value: ir.Value, names: Mapping[int, str]) -> None:
     dims = list(value.shape or [])
     value.shape = ir.Shape([names.get(axis, dim) for axis, dim in enumerate(dims)])
+
+
+def declare_adapters(model: ir.Model) -> None:
+    """Make the parameters of adapters graph inputs with defaults that change nothing.
+
+    Requires: each of them is a right operand: A and B of one MatMul, scale and bias of one Mul or Add.
+    Ensures: inputs `<module>.lora_A` [rows, in, rank], `.lora_B` [rows, rank, out], `.lora_scale` and
+    `.lora_bias` [rows, 1, out], each module with rows and a rank of its own (with a common name
+    onnxruntime would reuse buffers between layers of different ranks), whose defaults have rank 0 or
+    are zero. `strip_metadata` has to follow: the shapes of what is computed from them are free now.
+
+    Raises:
+        Unsupported: the tracer made something else of an adapter's product.
+    """
+    graph = model.graph
+    for name in sorted(graph.initializers):
+        if not name.endswith(ADAPTER_PARTS):
+            continue
+        value = graph.initializers[name]
+        _require_right_operand(value)
+        module, _, part = name.rpartition(".")
+        rows, rank = f"{module}.rows", f"{module}.rank"
+        sizes = list(value.const_value.shape.numpy()) if value.const_value is not None else []
+        shapes: dict[str, tuple[list[Any], list[int]]] = {
+            "lora_A": ([rows, sizes[0], rank], [1, sizes[0], 0]),
+            "lora_B": ([rows, rank, sizes[-1]], [1, 0, sizes[-1]]),
+        }
+        shape, default = shapes.get(part, ([rows, 1, sizes[-1]], [1, 1, sizes[-1]]))
+        value.shape = ir.Shape(shape)
+        value.const_value = ir.Tensor(np.zeros(default, np.float32), name=name)
+        graph.inputs.append(value)
+
+
+def _require_right_operand(value: ir.Value) -> None:
+    wanted = ("MatMul",) if (value.name or "").endswith(ADAPTER_PARTS[:2]) else ("Add", "Mul")
+    uses = [(node.op_type, place) for node, place in value.uses()]
+    if len(uses) != 1 or uses[0][0] not in wanted or uses[0][1] != 1:
+        raise Unsupported(
+            f"{value.name}: the traced graph uses it as {uses}, so that it cannot be swapped; merge the adapter"
+        )
 
 
 def strip_metadata(model: ir.Model) -> None:

@@ -1,10 +1,11 @@
 """Adapters kept beside their base layers in the exported graph.
 
 A PEFT layer is replaced by `SeparateLora`, whose two matrices become the initializers
-`<module>.lora_A` [in, r] and `<module>.lora_B` [r, out]. That is the layout onnxruntime's LoraAdapter feeds,
-so declaring them as graph inputs later makes the adapter swappable without touching a node.
+`<module>.lora_A` [in, r] and `<module>.lora_B` [r, out]. Where adapters are to be swapped, `SwappableLora` is
+put around a base's layers, whose parameters `passes.declare_adapters` then makes graph inputs.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from qlx.errors import Unsupported
 
-__all__ = ["SeparateLora", "separate_adapter"]
+__all__ = ["SeparateLora", "SwappableLora", "make_swappable", "separate_adapter"]
 
 
 class SeparateLora(nn.Module):
@@ -40,6 +41,63 @@ class SeparateLora(nn.Module):
         return result
 
 
+class SwappableLora(nn.Module):
+    """A base layer with room for any adapter: (1 + scale) · base(x), without its bias, + (x · A) · B + bias.
+
+    The parameters only hold a place while the model is traced: `lora_A` [in, 1], `lora_B` [1, out], and
+    where any adapter has them `lora_scale` and `lora_bias` [out]. Inputs without a sequence, [n, in], get one of
+    length 1, so that the rows of a batch can have adapters of their own.
+    """
+
+    lora_A: Tensor | None  # noqa: N815 - the names that PEFT and onnxruntime use
+    lora_B: Tensor | None  # noqa: N815
+    lora_scale: Tensor | None
+    lora_bias: Tensor | None
+
+    def __init__(self, base: nn.Module, parts: frozenset[str]) -> None:
+        super().__init__()
+        self.base = base
+        inputs, outputs = _sizes(base)
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (inputs, 1), "lora_B": (1, outputs)}
+        shapes |= {"lora_scale": (outputs,), "lora_bias": (outputs,)}
+        for name, shape in shapes.items():
+            held = nn.Parameter(torch.zeros(shape), requires_grad=False) if name in parts else None
+            self.register_parameter(name, held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        if x.dim() == 2:
+            return self._adapted(x.unsqueeze(1)).squeeze(1)
+        return self._adapted(x)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        if self.lora_scale is not None:
+            y = y + (y if bias is None else y - bias) * self.lora_scale
+        if self.lora_A is not None and self.lora_B is not None:
+            y = y + (x @ self.lora_A) @ self.lora_B
+        return y if self.lora_bias is None else y + self.lora_bias
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer; transformers' Conv1D has other names for them."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    return layer.nx, layer.nf
+
+
+def make_swappable(model: nn.Module, places: Mapping[str, frozenset[str]]) -> dict[str, str]:
+    """Put a `SwappableLora` around layers of a base, in place; `places` names the parameters each has.
+
+    Returns:
+        A map from the prefix of each layer's parameters to the prefix the plain model has.
+    """
+    for name, parts in places.items():
+        _replace(model, name, SwappableLora(model.get_submodule(name), parts))
+    return {f"{name}.base.": f"{name}." for name in places}
+
+
 def separate_adapter(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """Take PEFT's wrappers off a model, leaving one `SeparateLora` per adapted module.
 
@@ -54,7 +112,7 @@ def separate_adapter(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     prefixes = {}
     for name, module in list(inner.named_modules()):
-        if hasattr(module, "lora_A") and not isinstance(module, SeparateLora):
+        if hasattr(module, "lora_A") and not isinstance(module, SeparateLora | SwappableLora):
             _replace(inner, name, _separated(name, module))
             prefixes[f"{name}.base."] = f"{name}."
         elif hasattr(module, "vera_lambda_d"):

@@ -40,6 +40,7 @@ __all__ = [
     "STORED_DTYPE",
     "computing_in",
     "empty_model",
+    "load_as_trained",
     "load_base",
     "load_model",
     "model_config",
@@ -423,16 +424,57 @@ def _main_dtype(directory: Path, otherwise: torch.dtype) -> torch.dtype:
 def _adapted(
     checkpoint: Checkpoint, base: Source | None, compute_dtype: torch.dtype, folder: Path | None
 ) -> nn.Module:
-    from qlx.adapters import load_adapter, put_exact, read_exact, require_exact_codes
+    from qlx.adapters import load_adapter
 
-    manifest = checkpoint.manifest
+    source = base or _recorded_base(checkpoint.manifest, checkpoint.path)
+    if checkpoint.manifest.adapter is not None and checkpoint.manifest.adapter.type == "exact":
+        return computing_in(_moved(checkpoint, source, folder), compute_dtype).eval()
+    model = load_as_trained(checkpoint, source, config_from=checkpoint.path, folder=folder)
+    weights = list(model.parameters())
+    adapted: nn.Module = load_adapter(model, checkpoint.path)
+    if folder is not None:
+        lend_layers(adapted.requires_grad_(False), weights)
+    return computing_in(adapted, compute_dtype).eval()
+
+
+def _moved(checkpoint: Checkpoint, source: Source, folder: Path | None) -> nn.Module:
+    """The base with the codes that an exact adapter was trained to.
+
+    Raises:
+        Unsupported: it is to be offloaded.
+        Mismatch: the codes are others than those of the training.
+    """
+    from qlx.adapters import put_exact, read_exact, require_exact_codes
+
+    manifest, path = checkpoint.manifest, checkpoint.path
     assert manifest.adapter is not None
-    if manifest.adapter.type == "exact" and folder is not None:
+    if folder is not None:
         raise Unsupported(
-            f"{checkpoint.path}: an exact adapter makes its codes from the base's weights in memory, so it cannot be "
-            "offloaded; pack it, and offload that"
+            f"{path}: an exact adapter makes its codes from the base's weights in memory, so it cannot be offloaded; "
+            "pack it, and offload that"
         )
-    source = base or _recorded_base(manifest, checkpoint.path)
+    model = load_as_trained(checkpoint, source, config_from=path)
+    names = tensor_names(model, source.path)
+    stored = torch_float(str(manifest.quantization.extras.get(STORED_DTYPE, "float32")))
+    original = original_weights(source.path, names, stored)
+    put_exact(model, read_exact(path, manifest.adapter), original, path)
+    require_exact_codes(manifest.adapter, quantized_fingerprint(model, names), str(path))
+    return model
+
+
+def load_as_trained(
+    checkpoint: Checkpoint,
+    source: Source,
+    *,
+    config_from: Path | None = None,
+    folder: Path | None = None,
+) -> nn.Module:
+    """The base of a run or adapter as training saw it, without the adapter; see `load_base`.
+
+    Raises:
+        Mismatch: it is not the recorded one, or quantizes to other codes.
+    """
+    manifest = checkpoint.manifest
     require_base(manifest, source)
     stored = torch_float(str(manifest.quantization.extras.get(STORED_DTYPE, "float32")))
     model = load_base(
@@ -440,22 +482,11 @@ def _adapted(
         manifest.task,
         dtype=stored,
         quant=manifest.quantization,
-        config_from=checkpoint.path,
+        config_from=config_from,
         folder=folder,
     )
     _require_same_codes(model, manifest, source)
-    if manifest.adapter.type == "exact":
-        names = tensor_names(model, source.path)
-        adapter = read_exact(checkpoint.path, manifest.adapter)
-        put_exact(model, adapter, original_weights(source.path, names, stored), checkpoint.path)
-        codes = quantized_fingerprint(model, names)
-        require_exact_codes(manifest.adapter, codes, str(checkpoint.path))
-        return computing_in(model, compute_dtype).eval()
-    weights = list(model.parameters())
-    adapted: nn.Module = load_adapter(model, checkpoint.path)
-    if folder is not None:
-        lend_layers(adapted.requires_grad_(False), weights)
-    return computing_in(adapted, compute_dtype).eval()
+    return model
 
 
 def original_weights(

@@ -4,6 +4,7 @@ Needs numpy, onnxruntime, tokenizers (text) and Pillow (images). Files are check
 manifest before onnxruntime reads them.
 """
 
+from qlx.runtime.adapters import ADAPTER_PARTS, ADAPTER_SUFFIX, AdapterChoice, Adapters
 from qlx.runtime.classify import (
     Classification,
     Classifier,
@@ -29,8 +30,12 @@ from qlx.runtime.session import DATA_FILE, GRAPH_FILE, OnnxModel, open_model, se
 from qlx.runtime.text import TextStream
 
 __all__ = [
+    "ADAPTER_PARTS",
+    "ADAPTER_SUFFIX",
     "DATA_FILE",
     "GRAPH_FILE",
+    "AdapterChoice",
+    "Adapters",
     "CausalDecoder",
     "Classification",
     "Classifier",

@@ -1,8 +1,10 @@
 """Image classification with an ONNX checkpoint: images in, labels with probabilities out."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from sys import maxsize
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,10 +12,19 @@ import numpy as np
 from qlx.checkpoint import load_object
 from qlx.errors import CorruptCheckpoint, InputRefused
 from qlx.inputs import ImagePreprocessor
+from qlx.runtime.adapters import AdapterChoice
 from qlx.runtime.predictor import OnnxPredictor
 from qlx.runtime.session import OnnxModel, open_model
 
-__all__ = ["Classification", "Classifier", "ImageModel", "class_labels", "classification"]
+__all__ = [
+    "Classification",
+    "Classifier",
+    "ImageModel",
+    "LogitsPredictor",
+    "class_labels",
+    "classification",
+    "whole_calls",
+]
 
 _BATCH = 32
 
@@ -36,7 +47,12 @@ class LogitsPredictor(Protocol):
 
 
 class ImageModel:
-    """Anything that classifies images: preprocessing, a predictor and the labels of its outputs."""
+    """Anything that classifies images: preprocessing, a predictor and the labels of its outputs.
+
+    `batch` is how many images are looked at together at most.
+    """
+
+    batch = _BATCH
 
     def __init__(
         self, preprocess: ImagePreprocessor, predictor: LogitsPredictor, labels: Sequence[str]
@@ -48,8 +64,8 @@ class ImageModel:
     def classify(self, images: Sequence[Any]) -> list[Classification]:
         """Classify images: Pillow images, or uint8 arrays [H, W, 3] or [H, W], of any size."""
         results: list[Classification] = []
-        for start in range(0, len(images), _BATCH):
-            pixels = self.preprocess(images[start : start + _BATCH])
+        for start in range(0, len(images), self.batch):
+            pixels = self.preprocess(images[start : start + self.batch])
             logits = self.predictor.predict({"pixel_values": pixels})
             results += [classification(row, self.labels) for row in logits]
         return results
@@ -61,19 +77,42 @@ class Classifier(ImageModel):
     Args:
         directory: a checkpoint of kind `onnx` and task `image-classification`, or an opened model.
         threads: see `open_model`.
+        adapter: which of its swappable adapters to use, None for the base; or a list of these, one for
+            each image of a call.
 
     Raises:
         InputRefused: a checkpoint of another kind or task.
         CorruptCheckpoint: labels or preprocessing are missing or do not fit the graph.
+        UsageError: there is no such adapter; the message lists those there are.
     """
 
-    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+    predictor: OnnxPredictor
+
+    def __init__(
+        self,
+        directory: Path | str | OnnxModel,
+        threads: int | None = None,
+        adapter: AdapterChoice = None,
+    ) -> None:
         model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
         if model.task != "image-classification":
             raise InputRefused(f"{model.path}: a model for {model.task} does not classify images")
         prepare = ImagePreprocessor.from_directory(model.path)
-        super().__init__(prepare, OnnxPredictor(model), class_labels(model.path))
-        self.model = model
+        predictor = OnnxPredictor(model, adapter=adapter)
+        super().__init__(prepare, predictor, class_labels(model.path))
+        self.model, self.batch = model, whole_calls(predictor, _BATCH)
+
+    def with_adapter(self, adapter: AdapterChoice) -> "Classifier":
+        """The same model with another adapter; it shares the session and costs next to nothing."""
+        other = copy(self)
+        other.predictor = self.predictor.with_adapter(adapter)
+        other.batch = whole_calls(other.predictor, _BATCH)
+        return other
+
+
+def whole_calls(predictor: OnnxPredictor, usual: int) -> int:
+    """Most inputs of one run: the usual number, or no limit where adapters are named for each of a call."""
+    return usual if predictor.rows is None else maxsize
 
 
 def classification(logits: Any, labels: Sequence[str]) -> Classification:

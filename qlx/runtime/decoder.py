@@ -12,6 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qlx.errors import CorruptCheckpoint
+from qlx.runtime.adapters import AdapterChoice, ChosenAdapter
 from qlx.runtime.session import OnnxModel
 
 __all__ = ["CausalDecoder", "positions"]
@@ -34,12 +35,21 @@ class CausalDecoder:
 
     The cache stays inside onnxruntime between steps; only logits are copied out.
 
+    Args:
+        model: an opened causal LM.
+        batch: number of sequences.
+        adapter: of all sequences, or one for each; see `AdapterChoice`.
+
     Raises:
         CorruptCheckpoint: the graph lacks one of the inputs or outputs named above.
+        UsageError: there is no such adapter, or not one for each sequence.
     """
 
-    def __init__(self, model: OnnxModel, batch: int = 1) -> None:
+    def __init__(
+        self, model: OnnxModel, batch: int = 1, adapter: AdapterChoice | ChosenAdapter = None
+    ) -> None:
         self._session = model.session
+        self._adapter = model.adapters.choose(adapter).for_batch(batch)
         self._past = _cache_inputs(model)
         self._outputs = model.outputs
         self._mask = np.zeros((batch, 0), np.int64)
@@ -72,6 +82,7 @@ class CausalDecoder:
             for name, a in feeds.items()
         }
         values.update(zip(self._past, self._cache, strict=True))
+        values.update(self._adapter)
         logits, *self._cache = self._session.run_with_ort_values(self._outputs, values)
         return np.asarray(logits.numpy(), np.float32)
 

@@ -1,6 +1,7 @@
 """Text generation with an ONNX checkpoint: prompt in, text out, token by token."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -185,21 +186,38 @@ class TextGenerator(TextModel):
     Args:
         directory: a checkpoint of kind `onnx` and task `causal-lm`, or an opened model.
         threads: see `open_model`.
+        adapter: which of its swappable adapters to use, None for the base.
 
     Raises:
         InputRefused: a checkpoint of another kind or task.
         CorruptCheckpoint: its generation configuration is missing or wrong.
+        UsageError: there is no such adapter; the message lists those there are.
     """
 
-    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str | OnnxModel,
+        threads: int | None = None,
+        adapter: str | None = None,
+    ) -> None:
         model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
         if model.task != "causal-lm":
             raise InputRefused(f"{model.path}: a model for {model.task} does not generate text")
         length, ends = _limits(model.path)
-        super().__init__(
-            TextCodec.from_directory(model.path), length, ends, lambda: CausalDecoder(model)
-        )
+        start = _starter(model, adapter)
+        super().__init__(TextCodec.from_directory(model.path), length, ends, start)
         self.model = model
+
+    def with_adapter(self, adapter: str | None) -> "TextGenerator":
+        """The same model with another adapter; it shares the session and costs next to nothing."""
+        other = copy(self)
+        other._start = _starter(self.model, adapter)
+        return other
+
+
+def _starter(model: OnnxModel, adapter: str | None) -> Callable[[], CausalDecoder]:
+    chosen = model.adapters.choose(adapter)
+    return lambda: CausalDecoder(model, adapter=chosen)
 
 
 def generation_limits(config: Any, generation: Any) -> tuple[int, list[int]]:

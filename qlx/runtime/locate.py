@@ -1,6 +1,7 @@
 """Finding places with an ONNX checkpoint: frames in, where each keypoint is out, in the frame's own pixels."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import numpy as np
 
 from qlx.errors import CorruptCheckpoint, InputRefused
 from qlx.inputs import DETECTED, ImagePreprocessor, as_image, find_peaks, rescaled
-from qlx.runtime.classify import LogitsPredictor, class_labels
+from qlx.runtime.adapters import AdapterChoice
+from qlx.runtime.classify import LogitsPredictor, class_labels, whole_calls
 from qlx.runtime.predictor import OnnxPredictor
 from qlx.runtime.session import OnnxModel, open_model
 
@@ -38,7 +40,12 @@ class Location:
 
 
 class KeypointModel:
-    """Anything that finds places: preprocessing, a predictor and the names of its heatmaps."""
+    """Anything that finds places: preprocessing, a predictor and the names of its heatmaps.
+
+    `batch` is how many clips are looked at together at most.
+    """
+
+    batch = _BATCH
 
     def __init__(
         self, preprocess: ImagePreprocessor, predictor: LogitsPredictor, names: Sequence[str]
@@ -63,8 +70,8 @@ class KeypointModel:
             InputRefused: not images, or another number of them.
         """
         found: list[list[Location]] = []
-        for start in range(0, len(clips), _BATCH):
-            batch = [_frames(clip) for clip in clips[start : start + _BATCH]]
+        for start in range(0, len(clips), self.batch):
+            batch = [_frames(clip) for clip in clips[start : start + self.batch]]
             heatmaps = self.predictor.predict({"pixel_values": self.preprocess(batch)})
             sizes = [clip[-1].size for clip in batch]
             found += [self._places(*pair) for pair in zip(heatmaps, sizes, strict=True)]
@@ -97,16 +104,34 @@ class Locator(KeypointModel):
     Args:
         directory: a checkpoint of kind `onnx` and task `heatmap`, or an opened model.
         threads: see `open_model`.
+        adapter: which of its swappable adapters to use, None for the base; or a list of these, one for
+            each clip of a call.
 
     Raises:
         InputRefused: a checkpoint of another kind or task.
         CorruptCheckpoint: names or preprocessing are missing.
+        UsageError: there is no such adapter; the message lists those there are.
     """
 
-    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+    predictor: OnnxPredictor
+
+    def __init__(
+        self,
+        directory: Path | str | OnnxModel,
+        threads: int | None = None,
+        adapter: AdapterChoice = None,
+    ) -> None:
         model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
         if model.task != "heatmap":
             raise InputRefused(f"{model.path}: a model for {model.task} does not find places")
         prepare = ImagePreprocessor.from_directory(model.path)
-        super().__init__(prepare, OnnxPredictor(model), class_labels(model.path))
-        self.model = model
+        predictor = OnnxPredictor(model, adapter=adapter)
+        super().__init__(prepare, predictor, class_labels(model.path))
+        self.model, self.batch = model, whole_calls(predictor, _BATCH)
+
+    def with_adapter(self, adapter: AdapterChoice) -> "Locator":
+        """The same model with another adapter; it shares the session and costs next to nothing."""
+        other = copy(self)
+        other.predictor = self.predictor.with_adapter(adapter)
+        other.batch = whole_calls(other.predictor, _BATCH)
+        return other

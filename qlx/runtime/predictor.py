@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qlx.errors import InputRefused
+from qlx.runtime.adapters import AdapterChoice
 from qlx.runtime.decoder import CausalDecoder
 from qlx.runtime.session import OnnxModel, open_model
 
@@ -22,12 +24,32 @@ class OnnxPredictor:
     Args:
         directory: a checkpoint of kind `onnx`, or a model that `open_model` returned.
         threads: see `open_model`.
+        adapter: which of its swappable adapters to use, None for the base; a list names one, or None, for
+            each row of every batch.
+
+    Raises:
+        UsageError: there is no such adapter; the message lists those there are.
     """
 
-    def __init__(self, directory: Path | str | OnnxModel, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str | OnnxModel,
+        threads: int | None = None,
+        adapter: AdapterChoice = None,
+    ) -> None:
         self.model = (
             directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
         )
+        self._adapter = self.model.adapters.choose(adapter)
+
+    @property
+    def rows(self) -> int | None:
+        """The size of every batch, where its rows have adapters of their own; else None."""
+        return self._adapter.rows
+
+    def with_adapter(self, adapter: AdapterChoice) -> "OnnxPredictor":
+        """The same session with another adapter."""
+        return OnnxPredictor(self.model, adapter=adapter)
 
     def predict(self, inputs: Mapping[str, Array]) -> Array:
         """Logits for a batch.
@@ -41,6 +63,7 @@ class OnnxPredictor:
 
         Raises:
             InputRefused: an input is missing or has the wrong shape.
+            UsageError: adapters are named for another number of rows.
         """
         if self.model.task != "causal-lm":
             return self._look(_named(inputs, "pixel_values", 4))
@@ -50,7 +73,7 @@ class OnnxPredictor:
             raise InputRefused(
                 f"attention_mask has shape {mask.shape}, input_ids has {tokens.shape}; they must agree"
             )
-        return CausalDecoder(self.model, tokens.shape[0]).feed(tokens, mask)
+        return CausalDecoder(self.model, tokens.shape[0], self._adapter).feed(tokens, mask)
 
     def _look(self, pixels: Array) -> Array:
         wanted = self.model.shapes["pixel_values"][1:]
@@ -60,10 +83,10 @@ class OnnxPredictor:
                 f"{', '.join(map(str, wanted))}]"
             )
         name = "heatmaps" if self.model.task == "heatmap" else "logits"
-        (logits,) = self.model.session.run(
-            [name], {"pixel_values": np.ascontiguousarray(pixels, np.float32)}
-        )
-        return np.asarray(logits, np.float32)
+        images = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels, np.float32))
+        inputs = {"pixel_values": images, **self._adapter.for_batch(len(pixels))}
+        (logits,) = self.model.session.run_with_ort_values([name], inputs)
+        return np.asarray(logits.numpy(), np.float32)
 
 
 def _named(inputs: Mapping[str, Array], name: str, axes: int) -> Array:

@@ -2,12 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import onnxruntime as ort
 
 from qlx.checkpoint import Checkpoint, open_checkpoint
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
+from qlx.runtime.adapters import Adapters
 from qlx.runtime.graph_guard import check_graph
 
 __all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model"]
@@ -45,6 +47,11 @@ class OnnxModel:
     def outputs(self) -> list[str]:
         """Names of the graph's outputs, in order."""
         return [item.name for item in self.session.get_outputs()]
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters that runs can be given, by name."""
+        return Adapters(self.checkpoint, self.session)
 
 
 def open_model(directory: Path | str, threads: int | None = None) -> OnnxModel:

@@ -4,7 +4,7 @@ ONNX checkpoints are served without torch; it is imported only for the other kin
 """
 
 from qlx.serving.app import create_app
-from qlx.serving.engine import Engine, LoadedEngine, load_engine
+from qlx.serving.engine import Engine, LoadedEngine, load_engine, load_engines
 from qlx.serving.guard import LOOPBACK_HOSTS
 from qlx.serving.limits import ServingLimits
 from qlx.serving.server import Server, listen, serve
@@ -18,5 +18,6 @@ __all__ = [
     "create_app",
     "listen",
     "load_engine",
+    "load_engines",
     "serve",
 ]

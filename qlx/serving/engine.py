@@ -21,7 +21,7 @@ from qlx.runtime import (
     generation_limits,
 )
 
-__all__ = ["Engine", "LoadedEngine", "load_engine", "summary"]
+__all__ = ["Engine", "LoadedEngine", "load_engine", "load_engines", "summary"]
 
 
 class Engine(Protocol):
@@ -35,6 +35,11 @@ class Engine(Protocol):
     @property
     def manifest(self) -> Manifest:
         """The checkpoint's manifest."""
+        ...
+
+    @property
+    def parent(self) -> str | None:
+        """The name of the engine whose model this is with an adapter; None where it is its own."""
         ...
 
     @property
@@ -62,6 +67,7 @@ class LoadedEngine:
     images: ImageModel | None = None
     text: TextModel | None = None
     keypoints: KeypointModel | None = None
+    parent: str | None = None
 
 
 def load_engine(
@@ -84,6 +90,29 @@ def load_engine(
     if checkpoint.manifest.kind == "onnx":
         return _onnx_engine(checkpoint, name, threads)
     return _torch_engine(checkpoint, name, base, threads)
+
+
+def load_engines(
+    path: Path | str, *, name: str | None = None, base: Any = None, threads: int | None = None
+) -> list[LoadedEngine]:
+    """`load_engine`, and an engine for each of the checkpoint's swappable adapters under the adapter's name.
+
+    All of them share one session.
+    """
+    engine = load_engine(path, name=name, base=base, threads=threads)
+    return [engine, *(_with_adapter(engine, adapter) for adapter in engine.manifest.adapters)]
+
+
+def _with_adapter(engine: LoadedEngine, adapter: str) -> LoadedEngine:
+    manifest, parent = engine.manifest.with_adapter(adapter), engine.name
+    images, keypoints, text = engine.images, engine.keypoints, engine.text
+    if isinstance(images, Classifier):
+        images = images.with_adapter(adapter)
+    if isinstance(keypoints, Locator):
+        keypoints = keypoints.with_adapter(adapter)
+    if isinstance(text, TextGenerator):
+        text = text.with_adapter(adapter)
+    return LoadedEngine(adapter, manifest, images, text, keypoints, parent)
 
 
 def _onnx_engine(checkpoint: Checkpoint, name: str, threads: int | None) -> LoadedEngine:
@@ -127,6 +156,7 @@ def summary(engine: Engine) -> dict[str, Any]:
         "id": engine.name,
         "object": "model",
         "owned_by": "qlx",
+        **({} if engine.parent is None else {"parent": engine.parent}),
         "tag": manifest.tag,
         "kind": manifest.kind,
         "task": manifest.task,

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qlx.errors import UsageError
 from qlx.serving.app import create_app
-from qlx.serving.engine import Engine, load_engine
+from qlx.serving.engine import Engine, load_engines
 from qlx.serving.guard import LOOPBACK_HOSTS
 from qlx.serving.limits import ServingLimits
 
@@ -36,6 +36,8 @@ def serve(
 ) -> None:
     """Serve a checkpoint over HTTP until SIGINT or SIGTERM; running answers are finished first.
 
+    The swappable adapters of an ONNX checkpoint are models of their own, under their names.
+
     Args:
         path: a checkpoint of any kind; an ONNX one is served without torch.
         base: the base model of a run or adapter.
@@ -53,8 +55,9 @@ def serve(
     """
     limits = limits or ServingLimits()
     key = _api_key(api_key_variable)
-    engines: list[Engine] = [load_engine(path, base=base, threads=threads)]
-    engines += [load_engine(item, name=name, base=base, threads=threads) for name, item in adapters]
+    engines: list[Engine] = [*load_engines(path, base=base, threads=threads)]
+    for name, item in adapters:
+        engines += load_engines(item, name=name, base=base, threads=threads)
     hosts = LOOPBACK_HOSTS if _is_loopback(host) and key is None else None
     app = create_app(
         engines, api_key=key, hosts=None if hosts is None else sorted(hosts), limits=limits

@@ -9,7 +9,7 @@ from qlx.verification.evaluate import EvalResult, evaluate, recorded_data
 from qlx.verification.judge import judge, noise_floor, probe_result, verify_outputs
 from qlx.verification.metrics import Comparison, Tally, compare
 from qlx.verification.picture import check_picture, draw
-from qlx.verification.prove import prove, sealed
+from qlx.verification.prove import judged, prove, sealed
 from qlx.verification.replay import Predictor, predictor_of, probe_of, replay
 from qlx.verification.report import Report, rows, tables, to_json, to_junit, to_markdown
 from qlx.verification.thresholds import (
@@ -48,6 +48,7 @@ __all__ = [
     "evaluate",
     "find_base",
     "judge",
+    "judged",
     "later_steps",
     "lossy_steps",
     "needs_base",

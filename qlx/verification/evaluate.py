@@ -12,6 +12,7 @@ from qlx.inputs import Batch, Score, eval_batches
 from qlx.recipe import DataSection, load_recipe
 from qlx.verification.base import base_of
 from qlx.verification.replay import predictor_of
+from qlx.verification.report import display_name
 
 __all__ = ["EvalResult", "data_of", "evaluate", "examples", "recorded_data"]
 
@@ -41,18 +42,21 @@ def evaluate(
     data: DataSection | Path | None = None,
     batch_size: int = _BATCH,
     offload: bool = False,
+    adapter: str | None = None,
 ) -> EvalResult:
     """Score a checkpoint on held-out examples of `data`, or of what its training step recorded.
 
     `data` is a data section, or a recipe file whose data section is meant. With `offload` weights are
-    read from disk as each layer runs, instead of being in memory; the scores are the same.
+    read from disk as each layer runs, instead of being in memory; the scores are the same. `adapter` is
+    one of the checkpoint's swappable ones; without it, the base is scored.
 
     Raises:
+        UsageError: there is no adapter of that name.
         CorruptCheckpoint: a byte of the checkpoint is not what its manifest recorded.
         InputRefused: no data is recorded or found, or an adapter's base is not.
         CheckFailed: the loss is not finite.
     """
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = open_checkpoint(Path(path)).with_adapter(adapter)
     source = base_of(checkpoint, base)
     chosen = recorded_data(checkpoint) if data is None else data_of(data)
     batches = examples(checkpoint, chosen, batch_size)
@@ -94,8 +98,9 @@ def _result(checkpoint: Checkpoint, data: DataSection, score: Score) -> EvalResu
             f"{checkpoint.path}: the loss on {data.source} is not finite; the model is broken"
         )
     manifest = checkpoint.manifest
-    name = checkpoint.path.name or str(checkpoint.path)
-    return EvalResult(name, manifest.kind, manifest.task, data.source, score.count, metrics)
+    return EvalResult(
+        display_name(checkpoint), manifest.kind, manifest.task, data.source, score.count, metrics
+    )
 
 
 def recorded_data(checkpoint: Checkpoint) -> DataSection:

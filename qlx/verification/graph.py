@@ -16,22 +16,27 @@ from qlx.verification.metrics import Array
 __all__ = ["graph_weights"]
 
 _TURNED, _CODES, _DOWN, _UP = ".weight.T", ".weight_codes", ".lora_A", ".lora_B"
-_PARTS = (_DOWN, _UP, ".weight_absmax", ".weight_scales", ".weight_zeros")
+_SCALE, _SHIFT = ".lora_scale", ".lora_bias"
+_PARTS = (_DOWN, _UP, _SCALE, _SHIFT, ".weight_absmax", ".weight_scales", ".weight_zeros")
 
 
-def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
+def graph_weights(path: Path, adapter: Path | None = None) -> dict[str, Callable[[], Array]]:
     """Weights fp32 of an exported graph by name, [out, in] for matrices, each computed when called.
 
-    Where the adapter lies beside its base in the graph, the weight is both together. Constants that
-    tracing made carry no name of the model and are left out.
+    Where the adapter lies beside its base in the graph, the weight is both together, and so it is with one
+    of its swappable adapters, whose file is `adapter`. Constants that tracing made carry no name of the
+    model and are left out.
     """
     onnx = require("onnx", "export")
     graph = onnx.load(path).graph
+    given = _adapter_tensors(adapter)
     stored = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {name: node for node in graph.node for name in node.input if name.endswith(_CODES)}
     makers = {name: node for node in graph.node for name in node.output}
 
     def array(name: str) -> Array:
+        if name in given:
+            return given[name]
         return np.asarray(onnx.numpy_helper.to_array(stored[name]), np.float32)
 
     def matrix(module: str) -> Array:
@@ -47,23 +52,44 @@ def graph_weights(path: Path) -> dict[str, Callable[[], Array]]:
         order = onnx.numpy_helper.to_array(stored[maker.input[1]])
         return values[np.argsort(order)] if order.shape == values.shape[:1] else values
 
-    def whole(module: str) -> Callable[[], Array]:
-        if f"{module}{_DOWN}" not in stored:
-            return lambda: matrix(module).T
-        return lambda: (matrix(module) + array(f"{module}{_DOWN}") @ array(f"{module}{_UP}")).T
+    def whole(module: str) -> Array:
+        """[out, in], the base's part and the adapter's."""
+        values = matrix(module)
+        if f"{module}{_SCALE}" in stored:
+            values = values * (1 + _of_one_row(array(f"{module}{_SCALE}")))
+        if f"{module}{_DOWN}" in stored:
+            down, up = (_of_one_row(array(f"{module}{part}")) for part in (_DOWN, _UP))
+            values = values + down @ up
+        return values.T
+
+    def bias(name: str) -> Array:
+        shift = name.removesuffix(".bias") + _SHIFT
+        return array(name) + (array(shift).reshape(-1) if shift in stored else 0)
 
     found: dict[str, Callable[[], Array]] = {}
     for name in stored:
         if name.endswith((_TURNED, _CODES)):
             module = name.removesuffix(_TURNED).removesuffix(_CODES)
-            found[f"{module}.weight"] = whole(module)
+            found[f"{module}.weight"] = _reader(whole, module)
         elif "." in name and not name.endswith(_PARTS):
-            found[name] = _reader(array, name)
+            found[name] = _reader(bias if name.endswith(".bias") else array, name)
     return found
 
 
-def _reader(array: Callable[[str], Array], name: str) -> Callable[[], Array]:
-    return lambda: array(name)
+def _reader(read: Callable[[str], Array], name: str) -> Callable[[], Array]:
+    return lambda: read(name)
+
+
+def _adapter_tensors(file: Path | None) -> dict[str, Array]:
+    if file is None:
+        return {}
+    parameters = require("onnxruntime", "export").AdapterFormat.read_adapter(str(file))
+    return {name: value.numpy().copy() for name, value in parameters.get_parameters().items()}
+
+
+def _of_one_row(values: Array) -> Array:
+    """An adapter's matrix as it is in the graph, or without the axis that counts rows of a batch."""
+    return values[0] if values.ndim > 2 else values
 
 
 def _through_kernel(node: Any, stored: dict[str, Any]) -> Array:

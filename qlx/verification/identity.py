@@ -27,7 +27,8 @@ def identity_checks(
     source = base_of(checkpoint, base)
     if source is not None:
         checks.append(Check("base", True, f"{source.name} holds the recorded weights"))
-    results = () if manifest.probe is None else manifest.probe.results
+    probes = [manifest.probe, *(entry.probe for entry in manifest.adapters.values())]
+    results = [result for probe in probes if probe is not None for result in probe.results]
     failed = [f"{result.step} against {result.against}" for result in results if not result.passed]
     checks.append(Check("lineage", not failed, _history(manifest, failed)))
     return [*checks, *_dtype_checks(checkpoint)], source

@@ -131,9 +131,11 @@ def look_inside(
 
 def _weights(side: Side) -> Weights:
     if not side.in_torch:
-        from qlx.runtime import GRAPH_FILE
+        from qlx.runtime import ADAPTER_SUFFIX, GRAPH_FILE
 
-        return graph_weights(side.checkpoint.path / GRAPH_FILE)
+        path, name = side.checkpoint.path, side.checkpoint.adapter
+        file = None if name is None else path / f"{name}{ADAPTER_SUFFIX}"
+        return graph_weights(path / GRAPH_FILE, file)
     from qlx.models.trace import acting_weights
 
     return acting_weights(_torch_model(side))

@@ -26,7 +26,7 @@ from qlx.verification.metrics import Array, Comparison
 from qlx.verification.replay import probe_of, replay
 from qlx.verification.thresholds import UNIT_ROUNDOFF, Check, lossy_steps, rounded_thresholds
 
-__all__ = ["failure_text", "prove", "record_noise", "sealed"]
+__all__ = ["failure_text", "judged", "prove", "record_noise", "sealed"]
 
 
 def prove(
@@ -55,12 +55,31 @@ def prove(
         InputRefused: the manifest has no probe.
     """
     staged = Checkpoint(staging, manifest, "")
-    probe = probe_of(staged)
-    outputs = run(staged, probe) if run is not None else replay(staged, None, probe)
+    replayed = run or (lambda checkpoint, probe: replay(checkpoint, None, probe))
+    return sealed(staging, judged(staged, replayed, own=own, beside=beside, advice=advice), known)
+
+
+def judged(
+    staged: Checkpoint,
+    run: Callable[[Checkpoint, Probe], Array],
+    *,
+    own: Array | None = None,
+    beside: tuple[str, Array] | None = None,
+    advice: str = "",
+) -> Manifest:
+    """`prove` of staged files, or of one of their adapters, up to the manifest with its results.
+
+    Nothing is sealed; of a lossy checkpoint the probe file is new.
+
+    Raises:
+        CheckFailed, InputRefused: as `prove`.
+    """
+    manifest, probe = staged.manifest, probe_of(staged)
+    outputs = run(staged, probe)
     if lossy_steps(manifest):
         probe = replace(probe, own=outputs if own is None else own)
         assert manifest.probe is not None
-        write_probe(staging / manifest.probe.file, probe)
+        write_probe(staged.path / manifest.probe.file, probe)
     comparisons, checks = verify_outputs(manifest, probe, outputs)
     if beside is not None:
         name, expected = beside
@@ -69,11 +88,11 @@ def prove(
         comparisons, checks = comparisons | found, [*checks, *more]
     failed = [check for check in checks if not check.passed]
     if failed:
-        raise CheckFailed("; ".join(filter(None, (failure_text(manifest, failed), advice))))
+        which = staged.adapter and f"adapter {staged.adapter!r}"
+        raise CheckFailed("; ".join(filter(None, (which, failure_text(manifest, failed), advice))))
     if own is None:
         comparisons.pop("own", None)  # they would be compared with themselves
-    step = manifest.lineage[-1].command
-    return sealed(staging, _with_results(manifest, step, comparisons, checks), known)
+    return _with_results(manifest, manifest.lineage[-1].command, comparisons, checks)
 
 
 def record_noise(

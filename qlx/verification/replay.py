@@ -44,7 +44,7 @@ def predictor_of(
         require("onnxruntime", "serve")
         from qlx.runtime import OnnxPredictor
 
-        onnx: Predictor = OnnxPredictor(checkpoint.path)
+        onnx: Predictor = OnnxPredictor(checkpoint.path, adapter=checkpoint.adapter)
         return onnx
     require("torch", "train")
     from qlx.models import TorchPredictor, load_model

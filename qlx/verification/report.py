@@ -76,8 +76,9 @@ class Report:
 
 
 def display_name(checkpoint: Checkpoint) -> str:
-    """The last part of a checkpoint's path."""
-    return checkpoint.path.name or str(checkpoint.path)
+    """The last part of a checkpoint's path, and its adapter, if one of several is meant."""
+    name = checkpoint.path.name or str(checkpoint.path)
+    return name if checkpoint.adapter is None else f"{name} with {checkpoint.adapter}"
 
 
 def decided_note(measured: Comparison | None, limits: Thresholds) -> list[str]:
@@ -101,7 +102,7 @@ def noise_note(measured: Comparison | None, floor: float | None, what: str) -> l
 
 def failure_notes(failed: Iterable[Check], *, compared: bool) -> list[str]:
     """What to do about failed checks, as notes; `compared` says that another checkpoint was run too."""
-    names = [check.name.partition(":")[0] for check in failed]
+    names = [check.name.partition(":")[0].partition(" of ")[0] for check in failed]
     advice = []
     if "own" in names:
         advice.append(

@@ -373,3 +373,48 @@ def test_a_head_to_keep_needs_a_merge(tmp_path):
     recipe.write_text(recipe.read_text() + "keep_lm_head_fp16: true\n")
     code, _, err = call("train", recipe, "--dry-run")
     assert (code, "keep_lm_head_fp16" in err) == (3, True)
+
+
+def test_one_base_with_two_adapters(digits_base, digits_run, digits_second, tmp_path):
+    target = tmp_path / "both"
+    made = result("export-onnx", digits_base, "--adapter", digits_run, "--adapter",
+                  f"second={digits_second}", "-o", target)  # fmt: skip
+    assert sorted(made["adapters"]) == [digits_run.name, "second"]
+    for each in made["adapters"].values():
+        assert [found["passed"] for found in each["results"]] == [True]
+    scores = {
+        name: result("eval", target, "--adapter", name)["metrics"] for name in made["adapters"]
+    }
+    assert len({each["loss"] for each in scores.values()}) == 2
+    assert result("verify", target)["passed"]
+    assert result("verify", target, "--adapter", "second")["subject"] == "both with second"
+    code, out, _ = call("inspect", target)
+    assert code == 0
+    assert "lora of rank 6, alpha 9, use_rslora, 4 modules" in out
+    assert "reference of second" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--adapter", "RUN", "--adapter", "RUN"), "two adapters"),
+        (("--adapter", "RUN", "--base", "BASE"), "leave out --base"),
+        (("--adapter", "x=nowhere"), "there is no directory nowhere"),
+    ],
+)
+def test_adapters_that_make_no_sense_are_usage_errors(
+    digits_base, digits_run, tmp_path, arguments, words
+):
+    named = {"RUN": digits_run, "BASE": digits_base}
+    given = [named.get(argument, argument) for argument in arguments]
+    code, _, err = call("export-onnx", digits_base, *given, "-o", tmp_path / "out")
+    assert code == 2
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["verify", "eval"])
+def test_an_adapter_that_is_not_there_is_a_usage_error(line, command):
+    code, _, err = call(command, line / "onnx", "--adapter", "first")
+    assert code == 2
+    assert "no swappable adapters" in err

@@ -190,7 +190,7 @@ def test_limits_are_refused_before_a_model_is_run(family, against, monkeypatch):
     def never(*args):
         raise AssertionError("was run")
 
-    monkeypatch.setattr(judging, "replay", never)
+    monkeypatch.setattr(judging, "predictor_of", never)
     monkeypatch.setattr(Side, "outputs", never)
     other = family.root / "merged" if against else None
     for limits in ({"top1": 2}, {"relative": 1.0}):
