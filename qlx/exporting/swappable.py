@@ -31,7 +31,7 @@ from qlx.checkpoint import (
     seal,
     write_probe,
 )
-from qlx.errors import CheckFailed, InputRefused, Mismatch, UsageError
+from qlx.errors import CheckFailed, InputRefused, Mismatch, Unsupported, UsageError
 from qlx.exporting.export import ADVICE, COMMAND, Arithmetic, arithmetic_of
 from qlx.exporting.genai import write_generation_config
 from qlx.exporting.graph import build_graph, write_graph
@@ -132,6 +132,11 @@ def _require_together(source: Source, adapters: Sequence[Checkpoint]) -> Checkpo
             raise InputRefused(
                 f"{each.path}: a checkpoint of kind {manifest.kind!r} is no adapter to swap; give adapters with "
                 "--adapter, and their base in place of the checkpoint"
+            )
+        if manifest.adapter is not None and manifest.adapter.type == "exact":
+            raise Unsupported(
+                f"{each.path}: an exact adapter moves the codes of its base, which cannot be swapped; export it "
+                "alone: without --adapter"
             )
         if manifest.base.fingerprint != source.fingerprint:
             raise Mismatch(

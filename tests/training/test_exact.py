@@ -8,11 +8,11 @@ import torch
 
 from qlx.adapters import EXACT_FILE, read_exact
 from qlx.checkpoint import open_checkpoint, read_probe, resolve_source
-from qlx.errors import CheckFailed, CorruptCheckpoint, Mismatch, Unsupported
-from qlx.exporting import export_onnx
+from qlx.errors import CheckFailed, CorruptCheckpoint, Mismatch, Unsupported, UsageError
+from qlx.exporting import export_adapters, export_onnx
 from qlx.merging import Combination, merge
 from qlx.models import forward_logits, load_model, stored_codes
-from qlx.packing import pack
+from qlx.packing import Healing, pack
 from qlx.quant import GRID_FILE, packed_modules, packed_of_module
 from qlx.recipe import Recipe
 from qlx.training import check, save_adapter, train
@@ -237,6 +237,10 @@ def test_another_target_is_rounded_and_gated_as_usual(int4_run, digits_base, tmp
 
 
 def test_what_cannot_be_is_said(int4_run, digits_base, tmp_path):
+    with pytest.raises(Unsupported, match="cannot be swapped"):
+        export_adapters(str(digits_base), [("mine", int4_run.path)], tmp_path / "onnx")
+    with pytest.raises(UsageError, match="nothing to heal"):
+        pack(int4_run.path, tmp_path / "p", to="int4", base=digits_base, healing=Healing())
     with pytest.raises(Unsupported, match="leave --onto original out"):
         merge(digits_base, [int4_run.path], tmp_path / "merged", onto="original")
     with pytest.raises(Unsupported, match="cannot be combined"):
