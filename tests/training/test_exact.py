@@ -42,7 +42,7 @@ def cells():
 def recipe_for(task, scheme, base, clips=None, seed=0, rate=4e-3, **adapter):
     content = TASKS[task]
     training = {"max_steps": 12, "batch_size": 16, "learning_rate": rate, "seed": seed}
-    data = content["data"] if clips is None else {**content["data"], "path": str(clips)}
+    data = content["data"] if clips is None else {**content["data"], "path": str(clips / "dim")}
     return recipe_of(
         content,
         base,
