@@ -43,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=OUTPUT / "exact", help="results are kept here")
     parser.add_argument("--only", default=",".join(TASKS), help="tasks, separated by commas")
+    parser.add_argument("--picture", type=Path, help="also draw what is kept here")
     parser.add_argument("--schemes", default="int4,ternary,nf4", help="separated by commas")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,8 @@ def main() -> int:
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "exact.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
+    if arguments.picture:
+        draw(results, (ROOT / arguments.picture).resolve())
     return 0
 
 
@@ -154,12 +157,52 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bars of what is kept of the plain adapter's gain, with the seeds' deviation as whiskers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 0.7 + 0.62 * len(results)))
+    for shift, way, label, colour in (
+        (-0.19, "plain", "plain adapter, rounded again", "#9a9fa8"),
+        (0.19, "exact", "exact adapter", "#386fa4"),
+    ):
+        shares = [
+            _shares(ways[way]["runs"], _mean(ways["plain"]["runs"], "loss"))
+            for ways in results.values()
+        ]
+        axes.barh(
+            [at + shift for at in range(len(results))],
+            [100 * statistics.fmean(share) for share in shares],
+            0.36,
+            xerr=[100 * statistics.stdev(share) for share in shares],
+            label=label,
+            color=colour,
+            capsize=2,
+        )
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(results)), list(results))
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the gain that the adapter has beside its base, kept by the packed model")
+    axes.set_xlim(50, 110)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.savefig(path, dpi=110)
+
+
 def _mean(runs: list[Result], key: str) -> float:
     return statistics.fmean(run[key] for run in runs)
 
 
+def _shares(runs: list[Result], best: float) -> list[float]:
+    return [(run["base"] - run["packed"]) / (run["base"] - best) for run in runs]
+
+
 def _kept(runs: list[Result], best: float) -> str:
-    shares = [(run["base"] - run["packed"]) / (run["base"] - best) for run in runs]
+    shares = _shares(runs, best)
     return f"{statistics.fmean(shares):.1%} ± {100 * statistics.stdev(shares):.1f}"
 
 
