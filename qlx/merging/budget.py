@@ -27,6 +27,7 @@ from qlx.quant import dequantize_tensor, quantize_tensor, row_unit
 __all__ = ["Estimate", "estimate", "memory_available", "memory_held", "threads_within"]
 
 _BLOCK_BYTES = 40  # of one value in a block: read, fp32 before and after, delta, stored, sums
+_EXACT_BYTES = 40  # of one value whose code is moved: correction (float64, 32), place, weight, code
 _CODEC_BYTES = 48  # of one value in a codec's temporaries
 _SLACK = (
     20 * 2**20
@@ -78,13 +79,15 @@ def working_bytes(plan: MergePlan, threads: int) -> int:
 
 
 def _needs(plan: MergePlan, change: Change) -> int:
-    """Bytes that merging one tensor takes: its codes, if it has any, and one block."""
+    """Bytes that merging one tensor takes: its codes, if it has any, all of it if they are moved, and one block."""
     unit, codes = 1, 0
     width = prod((change.shape or (1,))[1:])
     if change.as_trained and change.source in plan.spec.tensors:
         unit, codes = _codec_needs(plan, change)
     elif isinstance(plan.weights, CodedWeights) and change.source in plan.weights.coded:
         codes = prod(change.shape) * 8
+    if change.exact is not None:
+        codes += _EXACT_BYTES * prod(change.shape)
     return codes + _BLOCK_BYTES * width * block_rows(change, unit)
 
 
