@@ -96,7 +96,7 @@ def test_factors_that_8_bits_cannot_hold_are_refused(
     tmp_path, python_run, python_base, monkeypatch
 ):
     """Fewer levels, as a stand-in for factors with a few huge values."""
-    monkeypatch.setattr(compact, "_LARGEST", 12)
+    monkeypatch.setattr(compact, "_LARGEST", 3)
     with pytest.raises(CheckFailed, match=r"in int8 the outputs are .* \(limit 0.0001\)"):
         save_adapter(python_run, tmp_path / "a", base=str(python_base), dtype="int8")
     assert not list(tmp_path.iterdir())
