@@ -501,3 +501,13 @@ def test_every_architecture_takes_adapters_mixed_batches_included(architecture, 
     inputs, model = inputs_for(kind, image_size=16), open_model(done.path, threads=1)
     one, two = (OnnxPredictor(model, adapter=name).predict(inputs) for name in ("one", "two"))
     assert compare(one, two, mask_of(inputs)).relative > 1e-3
+
+
+@SLOW
+def test_an_architecture_whose_rows_cannot_be_told_apart_is_refused(bases, tmp_path, monkeypatch):
+    def flat(self, x):
+        return self._adapted(x.reshape(1, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    monkeypatch.setattr("qlx.exporting.separate.SwappableLora.forward", flat)
+    adapter = make_adapter(bases["vit"], tmp_path / "one", Case("vit"))
+    refused(bases, tmp_path, [adapter], Unsupported, "rows of a batch cannot have adapters")
