@@ -15,6 +15,7 @@ from qlx.adapters.attach import (
     save_adapter,
 )
 from qlx.adapters.combination import METHODS, PRUNING, RANDOM, Method, combined_delta
+from qlx.adapters.compact import to_int8
 from qlx.adapters.config import AdapterConfig, read_config, read_peft_type
 from qlx.adapters.exact import (
     EXACT_FILE,
@@ -94,6 +95,7 @@ __all__ = [
     "save_adapter",
     "scaling_of",
     "split_experts",
+    "to_int8",
     "widened",
     "with_rows",
 ]

@@ -38,6 +38,7 @@ _PARTS = {
     ".vera_lambda_d": "inner",
     ".vera_lambda_b": "outer",
 }
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
 # The two tensors that all modules of a VeRA adapter share.
 _PROJECTIONS = ("base_model.vera_A", "base_model.vera_B")
 
@@ -108,6 +109,7 @@ def read_adapter(directory: Path) -> AdapterWeights:
     shared = _projections(path, config, tensors) if config.kind == "vera" else None
     for key, tensor in tensors.items():
         _check_tensor(path, key, tensor)
+        tensor = tensor.float() if tensor.dtype == torch.int8 else tensor
         name = key.removeprefix(_PREFIX)
         ending = next((e for e in _PARTS if name.endswith(e)), None)
         if ending is None:
@@ -143,7 +145,8 @@ def _of_parameters(deltas: Mapping[str, LoraDelta]) -> list[str]:
 def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:
     if not key.startswith(_PREFIX):
         raise Unsupported(f"{path}: tensor {key!r} is not named as PEFT names LoRA weights")
-    if tensor.dtype not in _FLOATS:
+    factor = tensor.dtype == torch.int8 and key.endswith(_FACTORS)  # see `compact`
+    if tensor.dtype not in _FLOATS and not factor:
         raise Unsupported(f"{path}: tensor {key!r} has dtype {tensor.dtype}, expected a float")
     if not bool(torch.isfinite(tensor).all()):
         raise InputRefused(f"{path}: tensor {key!r} holds NaN or infinite values")

@@ -42,6 +42,7 @@ from qlx.merging.companions import COMPANION_FILES, copy_companions
 from qlx.models import STORED_DTYPE, computing_in, forward_logits, load_as_trained
 from qlx.quant import packed_linears
 from qlx.runtime import ADAPTER_SUFFIX, OnnxModel, OnnxPredictor, class_labels, open_model
+from qlx.runtime.session import runtime_errors
 from qlx.verification import compare, judged, needs_base, probe_of, sealed
 
 __all__ = ["export_adapters", "named_adapters"]
@@ -311,10 +312,17 @@ def _check_mixed(model: OnnxModel, probe: Probe) -> None:
 
     Raises:
         CheckFailed: they do not.
+        Unsupported: an adapted layer's inputs do not have the batch's rows at their first axis.
     """
     names = [None, *islice(model.adapters.names, 3)]
     choice = [names[row % len(names)] for row in range(probe.count)]
-    mixed = OnnxPredictor(model, adapter=choice).predict(probe.inputs)
+    try:
+        mixed = OnnxPredictor(model, adapter=choice).predict(probe.inputs)
+    except runtime_errors() as error:
+        raise Unsupported(
+            f"{COMMAND}: in this architecture the rows of a batch cannot have adapters of their own "
+            f"({str(error).splitlines()[0]}); export each adapter alone, without --adapter"
+        ) from error
     alone = np.empty_like(mixed)
     for name in dict.fromkeys(choice):
         rows = [row for row, chosen in enumerate(choice) if chosen == name]

@@ -12,7 +12,7 @@ from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
 from qlx.runtime.adapters import Adapters
 from qlx.runtime.graph_guard import check_graph
 
-__all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model"]
+__all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model", "runtime_errors"]
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -93,7 +93,7 @@ def _session(data: bytes, graph: Path, threads: int | None) -> ort.InferenceSess
     )
     try:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except _runtime_errors() as error:
+    except runtime_errors() as error:
         raise Unsupported(
             f"{graph}: onnxruntime {ort.__version__} cannot load it ({_first_line(error)})"
         ) from error
@@ -110,7 +110,8 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     return options
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises where it cannot load or run a graph."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (

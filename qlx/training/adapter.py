@@ -1,6 +1,7 @@
 """`qlx save-adapter`: the adapter of a run, or a plain PEFT directory, as an adapter checkpoint."""
 
 from pathlib import Path
+from typing import Literal
 
 from qlx.adapters import EXACT_FILE, adapter_spec, read_recorded
 from qlx.adapters import load_adapter as attach_from
@@ -42,6 +43,7 @@ from qlx.models import (
     write_gguf_adapter,
 )
 from qlx.training.material import GENERATION_FILE
+from qlx.training.small import store_in_int8
 
 __all__ = ["save_adapter"]
 
@@ -56,6 +58,7 @@ def save_adapter(
     *,
     base: str | None = None,
     gguf: bool = False,
+    dtype: Literal["int8"] | None = None,
     force: bool = False,
 ) -> Checkpoint:
     """Write an adapter checkpoint, which plain PEFT loads as it is.
@@ -68,6 +71,7 @@ def save_adapter(
         output: the directory to make.
         base: directory or hub name of the base; checked against the record of a run.
         gguf: also write it as `adapter.gguf`, which llama.cpp takes.
+        dtype: store the factors of linear layers in 8 bits, if the outputs stay (see `store_in_int8`).
         force: replace an existing checkpoint.
 
     Raises:
@@ -79,7 +83,7 @@ def save_adapter(
     source = Path(source)
     check_output(Path(output), (source, base), force=force)
     if is_checkpoint(source):
-        return _from_run(open_checkpoint(source), Path(output), base, gguf, force)
+        return _from_run(open_checkpoint(source), Path(output), base, gguf, dtype, force)
     if not (source / _ADAPTER_FILES[0]).is_file():
         raise InputRefused(
             f"{source}: neither a qlx checkpoint nor a PEFT adapter (no {_ADAPTER_FILES[0]})"
@@ -88,11 +92,20 @@ def save_adapter(
         raise UsageError(
             f"{source}: a plain PEFT directory does not name its base by content; give --base"
         )
+    if dtype is not None:
+        raise UsageError(
+            f"{source}: a plain PEFT directory; save it without --dtype first, then the result with it"
+        )
     return _from_peft(source, resolve_source(base), Path(output), gguf, force)
 
 
 def _from_run(
-    run: Checkpoint, output: Path, base: str | None, gguf: bool, force: bool
+    run: Checkpoint,
+    output: Path,
+    base: str | None,
+    gguf: bool,
+    dtype: Literal["int8"] | None,
+    force: bool,
 ) -> Checkpoint:
     manifest = run.manifest
     if (
@@ -105,11 +118,14 @@ def _from_run(
         )
     if base is not None:
         require_base(manifest, resolve_source(base))
-    step = next_step("save-adapter", parents=(run.digest,))
+    options = {} if dtype is None else {"dtype": dtype}
+    step = next_step("save-adapter", parents=(run.digest,), options=options)
     wanted = {*_ADAPTER_FILES, EXACT_FILE, *_CARRIED, CONFIG_FILE, PROBE_FILE}
     with new_checkpoint(output, force=force) as staging:
         for name in sorted(wanted & manifest.files.keys()):
             (staging / name).write_bytes((run.path / name).read_bytes())
+        if dtype is not None:
+            manifest = store_in_int8(staging, manifest, base)
         if gguf:
             _write_gguf(staging, manifest)
         seal(staging, manifest.with_step(step, kind="adapter", files={}))

@@ -161,9 +161,9 @@ def change(**changes):
             "NaN",
         ),
         (
-            change(h__0__q_proj__lora_A__weight=torch.zeros(4, 16, dtype=torch.int8)),
+            change(h__0__q_proj__lora_A__weight=torch.zeros(4, 16, dtype=torch.int16)),
             Unsupported,
-            "int8",
+            "int16",
         ),
         (change(h__0__q_proj__lora_magnitude_vector=torch.ones(24)), Mismatch, "use_dora"),
         (change(h__0__q_proj__lora_B__bias=torch.ones(24)), Mismatch, "bias of B"),

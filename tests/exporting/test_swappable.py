@@ -37,6 +37,7 @@ from qlx.runtime import OnnxPredictor, open_model, session_options
 from qlx.verification import compare, verify
 from qlx.verification.graph import graph_weights
 from tests.adapter_support import NF4, NONE, TASKS, Case, inputs_for, make_adapter
+from tests.exporting.matrix import ARCHITECTURES, build
 
 SLOW = pytest.mark.exhaustive
 ROOT = Path(__file__).parents[2]
@@ -480,3 +481,33 @@ def test_what_training_made_keeps_its_score(
         assert found.subject == f"digits with {name}"
     with pytest.raises(InputRefused, match="no evaluation data"):
         evaluate(swappable_digits)
+
+
+@SLOW
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
+def test_every_architecture_takes_adapters_mixed_batches_included(architecture, tmp_path):
+    """The export itself compares each adapter with PEFT, and a mixed batch with each alone."""
+    build(architecture).save_pretrained(tmp_path / "base")
+    kind = "vit" if architecture.task == "image-classification" else "llama"
+    adapters = [
+        make_adapter(tmp_path / "base", tmp_path / name, Case(kind, seed=at, image_size=16))
+        for at, name in enumerate(("one", "two"))
+    ]
+    done = export_adapters(
+        str(tmp_path / "base"), [str(each.path) for each in adapters], tmp_path / "onnx"
+    )
+    for entry in done.manifest.adapters.values():
+        assert entry.probe.results[-1].metrics["relative"] <= 1e-5
+    inputs, model = inputs_for(kind, image_size=16), open_model(done.path, threads=1)
+    one, two = (OnnxPredictor(model, adapter=name).predict(inputs) for name in ("one", "two"))
+    assert compare(one, two, mask_of(inputs)).relative > 1e-3
+
+
+@SLOW
+def test_an_architecture_whose_rows_cannot_be_told_apart_is_refused(bases, tmp_path, monkeypatch):
+    def flat(self, x):
+        return self._adapted(x.reshape(1, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    monkeypatch.setattr("qlx.exporting.separate.SwappableLora.forward", flat)
+    adapter = make_adapter(bases["vit"], tmp_path / "one", Case("vit"))
+    refused(bases, tmp_path, [adapter], Unsupported, "rows of a batch cannot have adapters")

@@ -10,7 +10,14 @@ import pytest
 
 from qlx.checkpoint import read_probe
 from qlx.errors import CorruptCheckpoint, UsageError
-from qlx.runtime import CausalDecoder, Classifier, OnnxPredictor, TextGenerator, open_model
+from qlx.runtime import (
+    CausalDecoder,
+    Classifier,
+    Locator,
+    OnnxPredictor,
+    TextGenerator,
+    open_model,
+)
 from tests.runtime.test_without_torch import BARRED, ROOT
 
 PROMPT = [9, 8, 7, 200, 31, 60]
@@ -155,3 +162,26 @@ def test_each_adapter_has_a_probe_of_its_own(swappable_python):
         for name in ("first", "second")
     }
     assert not np.array_equal(*probes.values())
+
+
+@pytest.mark.exhaustive
+def test_places_are_found_with_an_adapter(tennis_base, tennis_run, tennis_models, tmp_path):
+    from qlx.exporting import export_adapters
+
+    done = export_adapters(tennis_base, [("dim", tennis_run)], tmp_path / "onnx")
+    frames = [np.full((48, 80, 3), shade, np.uint8) for shade in (20, 90)]
+    frames[1][20:24, 30:34] = 255
+    wanted = Locator(tennis_models["onnx-separate"], threads=1).locate(frames)
+    base = Locator(done.path, threads=1)
+    mixed = base.with_adapter(["dim", None]).locate(frames)
+    for found in (
+        base.with_adapter("dim").locate(frames),
+        Locator(done.path, adapter="dim").locate(frames),
+    ):
+        assert [[place.score for place in each] for each in found] == [
+            [pytest.approx(place.score, rel=1e-4) for place in each] for each in wanted
+        ]
+    scores = [each[0].score for each in (*mixed, *wanted, *base.locate(frames))]
+    assert scores[0] == pytest.approx(scores[2], rel=1e-4)
+    assert scores[1] == pytest.approx(scores[5], rel=1e-4)
+    assert scores[0] != pytest.approx(scores[4], rel=1e-3)

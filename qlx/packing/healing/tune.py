@@ -22,7 +22,8 @@ from qlx.quant import FOUR_BIT, PackedTensor, quantize_activations
 
 __all__ = ["PackedLayer", "Rows", "divergence_of", "tune"]
 
-_SCALE_RATE, _CORRECTION_RATE = 2e-2, 2e-2
+_SCALE_RATE = 2e-2  # of the logarithms
+_CORRECTION_RATE = 0.05  # by the number of levels: finer grids lie closer to what is wanted
 _WARM_UP, _LAST_RATE = 15, 0.03  # steps, and the share of the rate that is left at the end
 _CHECKS = 10  # looks at the held-out rows in one stage
 
@@ -98,7 +99,8 @@ class PackedLayer(nn.Module):
             rows, columns = self.placed.packed.shape
             first = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
             self.down, self.up = nn.Parameter(first), nn.Parameter(torch.zeros(rows, rank))
-            groups.append({"params": [self.down, self.up], "lr": _CORRECTION_RATE})
+            rate = _CORRECTION_RATE / len(self.grid.levels)
+            groups.append({"params": [self.down, self.up], "lr": rate})
         return groups
 
 
