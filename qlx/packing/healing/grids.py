@@ -24,11 +24,9 @@ from qlx.quant import (
     quantize_tensor,
 )
 from qlx.quant.codec4bit import pack_codes, unpack_codes
-from qlx.quant.integers import IntegerScheme
+from qlx.quant.integers import IntegerScheme, code_range
 
 __all__ = ["Grid", "grid_of", "levels_of", "on_grid", "scales_of", "spread", "with_parts"]
-
-_INTEGERS = {"int8": (-127, 127), "int4": (-8, 7), "ternary": (-1, 1)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def grid_of(scheme: str) -> Grid:
     """The grid of any scheme that qlx packs to."""
     if scheme in FOUR_BIT:
         return Grid(torch.unique(levels(scheme)), even=False)
-    low, high = _INTEGERS[scheme]
+    low, high = code_range(cast(IntegerScheme, scheme), symmetric=True)
     return Grid(torch.arange(low, high + 1).float(), even=True)
 
 
