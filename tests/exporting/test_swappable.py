@@ -493,9 +493,12 @@ def test_every_architecture_takes_adapters_mixed_batches_included(architecture, 
         make_adapter(tmp_path / "base", tmp_path / name, Case(kind, seed=at, image_size=16))
         for at, name in enumerate(("one", "two"))
     ]
-    done = export_adapters(
-        str(tmp_path / "base"), [str(each.path) for each in adapters], tmp_path / "onnx"
-    )
+    given = str(tmp_path / "base"), [str(each.path) for each in adapters], tmp_path / "onnx"
+    if architecture.name == "OPT":  # flattens its tokens before the feed-forward layers
+        with pytest.raises(Unsupported, match="rows of a batch cannot have adapters"):
+            export_adapters(*given)
+        return
+    done = export_adapters(*given)
     for entry in done.manifest.adapters.values():
         assert entry.probe.results[-1].metrics["relative"] <= 1e-5
     inputs, model = inputs_for(kind, image_size=16), open_model(done.path, threads=1)
