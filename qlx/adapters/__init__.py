@@ -5,6 +5,7 @@ and `save_adapter` import PEFT when they are called.
 """
 
 from qlx.adapters.attach import (
+    OWN_BIASES,
     adapted_modules,
     adapter_spec,
     attach_adapter,
@@ -52,6 +53,7 @@ from qlx.adapters.reader import AdapterWeights, read_adapter, read_recorded
 __all__ = [
     "EXACT_FILE",
     "METHODS",
+    "OWN_BIASES",
     "PRUNING",
     "RANDOM",
     "AdapterConfig",

@@ -36,6 +36,7 @@ from qlx.recipe import AdapterSection
 from qlx.weights import read_tensors, write_tensors
 
 __all__ = [
+    "OWN_BIASES",
     "adapted_modules",
     "adapter_spec",
     "attach_adapter",
@@ -50,6 +51,24 @@ _MISFIT = re.compile(
     r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)"
 )
 _TASKS = {"causal-lm": "CAUSAL_LM", "image-classification": None, "heatmap": None, None: None}
+
+
+OWN_BIASES = "own_biases"
+"""Attribute of a `PeftModel` whose adapter trains biases of the base in place: their values before, by name."""
+
+
+def _with_own_biases(with_adapter: Any, before: Mapping[int, torch.Tensor], bias: str) -> Any:
+    """Keep the base's own biases, by identity of the parameter in `before`, where the adapter has others."""
+    named = with_adapter.named_parameters() if bias != "none" else ()
+    found = {name: before[id(value)] for name, value in named if id(value) in before}
+    setattr(with_adapter, OWN_BIASES, found)
+    return with_adapter
+
+
+def _biases(model: nn.Module, bias: str) -> dict[int, torch.Tensor]:
+    """Copies of a model's biases by the identity of the parameter; none where they stay as they are."""
+    named = model.named_parameters() if bias != "none" else ()
+    return {id(value): value.detach().clone() for name, value in named if name.endswith("bias")}
 
 
 def auto_targets(model: nn.Module, modules_to_save: Iterable[str] = ()) -> tuple[str, ...]:
@@ -148,13 +167,15 @@ def attach_adapter(
         assert original is not None
         return attach_exact(model, section, targets, original)
     peft = require("peft", "train")
+    biases = _biases(model, section.bias)
     if section.type == "vera":
-        return peft.get_peft_model(model, _vera_config(section, targets, task))
+        wrapped = peft.get_peft_model(model, _vera_config(section, targets, task))
+        return _with_own_biases(wrapped, biases, section.bias)
     config = lora_config(section, targets, task=task)
     if new_ids:
         widen_for(model, new_ids)
         config.trainable_token_indices = token_targets(model, section, targets, new_ids)
-    with_adapter = peft.get_peft_model(model, config)
+    with_adapter = _with_own_biases(peft.get_peft_model(model, config), biases, section.bias)
     start_rows(with_adapter, new_ids)
     if section.initialisation == "pissa":
         start_pissa(with_adapter, section.svd_iterations)
@@ -233,6 +254,7 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
     adapter = read_adapter(directory)
     _require_same_shapes(model, adapter.saved, directory)
     widen_for(model, [index for rows in adapter.rows.values() for index in rows.indices])
+    biases = _biases(model, adapter.config.bias)
     try:
         loaded = peft.PeftModel.from_pretrained(
             model, str(directory), is_trainable=trainable, autocast_adapter_dtype=True
@@ -242,7 +264,7 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
             f"{directory}: the adapter does not fit this base model: {_misfit(error)}"
         ) from error
     _check_loaded(loaded, directory)
-    return loaded.train(trainable)
+    return _with_own_biases(loaded, biases, adapter.config.bias).train(trainable)
 
 
 def _misfit(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Making a probe: which inputs are kept, and the outputs of the model that training saw."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from qlx.adapters import OWN_BIASES
 from qlx.checkpoint import Probe, Task
 from qlx.inputs import Batch, Encoded, pad_batch
 from qlx.models.architectures import image_shape
@@ -42,7 +43,7 @@ def make_probe(
     reference = native if in_fp32 else forward_logits(model, task, inputs)
     base = None
     if has_adapter:
-        with _adapter_off(model):
+        with _adapter_off(model), _own_biases(model):
             base = forward_logits(model, task, inputs)
     return Probe(
         task=task,
@@ -56,6 +57,21 @@ def make_probe(
 
 def _adapter_off(model: Any) -> AbstractContextManager[Any]:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+@contextmanager
+def _own_biases(model: nn.Module) -> Iterator[None]:
+    """Give a base its own biases back for a while: PEFT leaves the trained ones on when it is off."""
+    own: dict[str, torch.Tensor] = getattr(model, OWN_BIASES, {})
+    parameters = dict(model.named_parameters())
+    trained = {name: parameters[name].data for name in own}
+    try:
+        for name, value in own.items():
+            parameters[name].data = value.to(trained[name].device, trained[name].dtype)
+        yield
+    finally:
+        for name, value in trained.items():
+            parameters[name].data = value
 
 
 def _computes_in_fp32(model: nn.Module) -> bool:
