@@ -38,6 +38,7 @@ def test_another_process_writes_the_same_bytes(exported, merged, task, tmp_path)
     assert exported_elsewhere("1", merged[task].path, tmp_path / "out") == exported[task].digest
 
 
+@pytest.mark.exhaustive
 def test_an_unmerged_export_is_the_same_bytes_too(separate, adapters, bases, tmp_path):
     key = ("llama", "fp4")
     found = exported_elsewhere("2", adapters[key].path, tmp_path / "out", bases["llama"])

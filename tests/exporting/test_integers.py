@@ -126,6 +126,7 @@ def test_an_accuracy_level_is_for_integers(merged, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_exports_of_integers_are_byte_identical(packed, tmp_path):
     first, second = (export_onnx(packed("causal-lm", "int4"), tmp_path / n) for n in "ab")
     assert first.digest == second.digest

@@ -376,6 +376,7 @@ def test_an_export_that_gives_other_outputs_leaves_no_directory(bases, tmp_path,
     refused(bases, tmp_path, [adapter], CheckFailed, "^export-onnx.*reference: relative")
 
 
+@pytest.mark.exhaustive
 def test_another_process_writes_the_same_bytes(exported_with, bases, tmp_path):
     adapters, done = exported_with("vit", "nf4")
     script = (

@@ -118,6 +118,7 @@ def test_loftq_begins_nearer_to_the_plain_base_and_belongs_to_the_quantized_one(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_pissa_ends_in_the_bytes_of_an_unbroken_one(digits_base, tmp_path, monkeypatch):
     """Also where the decomposition comes out otherwise: singular vectors have no sign of their own."""
     training = {**SHORT, "save_every": 3}

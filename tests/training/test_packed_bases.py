@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["python", pytest.param("digits", marks=pytest.mark.exhaustive)])
 def test_an_adapter_on_a_packed_base_goes_all_the_way(name, request, tmp_path):
     content, packer, layers, tag = CASES[name]
     base = packer(request.getfixturevalue(f"{name}_base"), tmp_path / "base")
