@@ -346,7 +346,8 @@ class TrainingSection(_Section):
 
     With `eval_every` the held-out examples are scored every so many steps and at the end; the weights with the
     lowest held-out loss are the result (`keep_best`), and the training ends once that loss was not lower for
-    `early_stopping_patience` evaluations.
+    `early_stopping_patience` evaluations. `compile` lets torch.compile make kernels of the model, which takes its
+    time before the first steps and pays on a GPU.
     """
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
@@ -362,6 +363,7 @@ class TrainingSection(_Section):
     gradient_checkpointing: bool = False
     packing: bool = False
     completion_only: bool = True
+    compile: bool = False
     log_every: Positive = 10
     save_every: Positive = 200
     eval_every: Positive | None = None

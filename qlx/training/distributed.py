@@ -17,7 +17,7 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from qlx.errors import CheckFailed, Interrupted, require
+from qlx.errors import CheckFailed, Interrupted, UsageError, require
 
 __all__ = ["Process", "join_processes", "launch", "this_process"]
 
@@ -101,6 +101,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
     where one of them fails.
 
     Raises:
+        UsageError: the machine has GPUs, but fewer than processes.
         CheckFailed: a process other than the first failed.
     """
     import torch
@@ -108,6 +109,7 @@ def launch(arguments: Sequence[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    _check_gpus(count, torch.cuda.device_count())
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -138,6 +140,14 @@ def launch(arguments: Sequence[str], count: int) -> int:
         except SignalException:
             return Interrupted.exit_code
     return 0
+
+
+def _check_gpus(processes: int, gpus: int) -> None:
+    if 0 < gpus < processes:
+        raise UsageError(
+            f"--nproc {processes}: each process needs a GPU of its own and this machine has {gpus}; give at most --nproc "
+            f"{gpus}, or hide the GPUs to train on the CPU (CUDA_VISIBLE_DEVICES=)"
+        )
 
 
 def _exit_code(failures: Mapping[int, int], logs: Path) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qlx.checkpoint import is_checkpoint
@@ -46,6 +47,8 @@ class Loop:
         section = job.recipe.training
         self.trainer.state_directory, self.trainer.belongs_to = state_at, job.belongs_to
         self.trainer.task, self.trainer.process = job.recipe.task, process
+        on_gpu = torch.cuda.is_available()
+        self.trainer.in_bfloat16 = on_gpu and job.recipe.base.dtype == "bfloat16"
         self.trainer.held_out = HeldOut(self.measure, section, process)
         if shard:
             shard_model(job.model, process.count)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from qlx.adapters import adapter_spec, exact_spec, join_halves, parameter_counts, save_adapter
 from qlx.checkpoint import (
@@ -178,6 +179,7 @@ def _write_run(
     """Fill the staging directory, replay it, and seal it."""
     after, table = measure(job, Process()).metrics, parameter_table(job.model)
     report(f"held out, after:  {_shown(after)}")
+    _leave_gpu(job)
     steps = int(ended.trainer_state.global_step)
     scores = {"before": before, "after": after, "held_out": ended.held_out.outcome(steps)}
     manifest = _manifest(job, steps, {name: found for name, found in scores.items() if found})
@@ -191,6 +193,13 @@ def _write_run(
     metrics = read_metrics(work / METRICS_FILE)
     write_report(staging, RunSummary(manifest, metrics, table, before, after, samples))
     seal(staging, manifest)
+
+
+def _leave_gpu(job: Job) -> None:
+    """Bring the model to where it is read back and replayed for ever after: GPUs round convolutions to 10 bits."""
+    if any(value.is_cuda for value in job.model.parameters()):
+        job.model.to("cpu")
+        torch.cuda.empty_cache()
 
 
 def _write_files(job: Job, ended: Ended, work: Path, staging: Path) -> None:

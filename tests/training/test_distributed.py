@@ -20,7 +20,7 @@ from qlx.errors import CheckFailed, Unsupported, UsageError
 from qlx.models import forward_logits, load_base
 from qlx.recipe import load_recipe
 from qlx.training import train
-from qlx.training.distributed import Process, _exit_code, join_processes
+from qlx.training.distributed import Process, _check_gpus, _exit_code, join_processes
 from qlx.training.heatmaps import share_statistics
 from qlx.training.progress import read_metrics
 from qlx.training.sharding import shard_model
@@ -293,3 +293,11 @@ def test_shards_of_several_dtypes_are_refused(adapted_in_two_dtypes):
 @pytest.fixture
 def adapted_in_two_dtypes():
     return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).bfloat16())
+
+
+def test_more_processes_than_gpus_are_refused():
+    """Two processes on one GPU would wait for each other, or end with an error of NCCL's."""
+    _check_gpus(2, 0)
+    _check_gpus(2, 2)
+    with pytest.raises(UsageError, match=r"this machine has 1; give at most --nproc 1"):
+        _check_gpus(2, 1)

@@ -10,6 +10,7 @@ from qlx.errors import CheckFailed, MissingExtra, Unsupported, UsageError
 from qlx.models import forward_logits, load_base, load_model
 from qlx.recipe import AdapterSection
 from qlx.training import parameter_table, train
+from qlx.training.progress import read_metrics
 from qlx.training.trainable import require_in_optimizer, require_only_adapter
 from qlx.training.trainers import EpochSampler
 from qlx.weights import read_tensors
@@ -192,3 +193,20 @@ def test_missing_library_is_one_sentence(digits_base, tmp_path, monkeypatch):
     with pytest.raises(MissingExtra, match=r"qlx\[train\]"):
         train(_small(DIGITS_RUN, digits_base), tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.exhaustive  # kernels are compiled for a minute
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_compiled_training_takes_the_same_steps(python_base, tmp_path, quantized):
+    """And what it leaves is loaded, replayed and named as if nothing had been compiled."""
+    losses = {}
+    for compiled in (False, True):
+        training = {**FEW, "compile": compiled}
+        changes = {} if quantized else {"quantization": None}
+        recipe = _small(PYTHON_RUN, python_base, training=training, **changes)
+        run = train(recipe, tmp_path / f"run-{compiled}")
+        losses[compiled] = [row["loss"] for row in read_metrics(run.path / "metrics.jsonl")]
+    assert len(losses[True]) == 3
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    stored = [set(read_tensors(tmp_path / f"run-{c}" / "adapter_model.safetensors")) for c in (False, True)]
+    assert stored[0] == stored[1]

@@ -1,0 +1,79 @@
+"""Training where there is a GPU: the run is proven on the CPU, as every later step will see it."""
+
+import pytest
+import torch
+
+from qlx.merging import merge
+from qlx.training import train
+from qlx.training.trainers import StrictTrainer
+from qlx.verification import verify
+from tests.conftest import DIGITS_RUN, PYTHON_RUN, recipe_of
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+SHORT = {"max_steps": 30, "batch_size": 16, "learning_rate": 4e-3, "log_every": 5}
+QUANTIZED = {
+    "plain": None,
+    "nf4": {"quant_type": "nf4", "double_quant": True},
+    "int4": {"quant_type": "int4", "group_size": 32},
+    "ternary": {"quant_type": "ternary", "group_size": 32},
+}
+
+
+def _recipe(run, base, **changes):
+    changes["training"] = SHORT | changes.pop("training", {})
+    return recipe_of(run, base, **changes)
+
+
+@needs_gpu
+@pytest.mark.parametrize("scheme", QUANTIZED)
+def test_a_run_trained_on_a_gpu_merges_and_verifies_on_the_cpu(scheme, python_base, tmp_path):
+    recipe = _recipe(PYTHON_RUN, python_base, quantization=QUANTIZED[scheme])
+    run = train(recipe, tmp_path / "run")
+    merged = merge(python_base, [run.path], tmp_path / "merged")
+    assert verify(merged.path).passed
+
+
+@needs_gpu
+def test_convolutions_of_pictures_do_not_spoil_the_probe(digits_base, tmp_path):
+    """A GPU multiplies convolutions in TensorFloat32, which is a thousand times as coarse."""
+    run = train(_recipe(DIGITS_RUN, digits_base), tmp_path / "run")
+    assert run.manifest.probe.results[0].metrics["relative_max"] < 1e-5
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_small_optimizers_learn(optimizer, python_base, tmp_path):
+    training = {"optimizer": optimizer, "max_steps": 40}
+    run = train(_recipe(PYTHON_RUN, python_base, training=training), tmp_path / "run")
+    scores = run.manifest.lineage[-1].options
+    assert scores["after"]["loss"] < scores["before"]["loss"] - 0.1
+
+
+@needs_gpu
+def test_a_bfloat16_base_is_multiplied_in_bfloat16(python_base, tmp_path, monkeypatch):
+    """The adapter's factors are float32 and stay so; what they are multiplied with is not widened."""
+    seen = set()
+    loss = StrictTrainer.training_step
+
+    def watching(self, model, *args, **kwargs):
+        layer = next(module for name, module in model.named_modules() if name.endswith("lora_A.default"))
+        hook = layer.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+        try:
+            return loss(self, model, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(StrictTrainer, "training_step", watching)
+    changes = {"base": {"path": str(python_base), "dtype": "bfloat16"}, "training": {"max_steps": 6}}
+    train(_recipe(PYTHON_RUN, python_base, **changes), tmp_path / "run")
+    assert seen == {torch.bfloat16}
+
+
+@needs_gpu
+def test_an_exact_adapter_has_the_same_codes_on_the_cpu(python_base, tmp_path):
+    adapter = {"rank": 4, "alpha": 6, "exact": True}
+    recipe = _recipe(PYTHON_RUN, python_base, adapter=adapter, quantization=QUANTIZED["int4"])
+    run = train(recipe, tmp_path / "run")
+    assert run.manifest.probe.results[0].passed
+    assert verify(run.path, base=python_base).passed
