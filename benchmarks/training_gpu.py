@@ -162,7 +162,16 @@ def _base(work: Path, arguments: argparse.Namespace) -> Path:
 
     small = work / "small"
     sets = ["training.max_steps=1", "base.from_scratch.layers=1", "data.eval_limit=8"]
-    command = [sys.executable, "-m", "qlx", "train", "recipes/python-base.yaml", "-o", str(small), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "qlx",
+        "train",
+        "recipes/python-base.yaml",
+        "-o",
+        str(small),
+        "--quiet",
+    ]
     subprocess.run(
         command + [part for one in sets for part in ("--set", one)],
         cwd=ROOT, check=True, stdout=subprocess.DEVNULL,

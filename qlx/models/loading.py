@@ -118,6 +118,8 @@ def load_base(
             return model.eval()
     on_load = stored is None and quant is not None and quant.quantized and quant.mode == "hf"
     options = {"quantization_config": bnb_config(quant)} if on_load and quant else {}
+    if theirs or on_load:
+        options["device_map"] = {"": "cpu"}  # else transformers takes a GPU where there is one
     with without_report(ours is not None):
         try:
             with _described_by(described):

@@ -346,7 +346,7 @@ def text_trainer(
     )
     for name, value in trainer.model.named_parameters():
         if name in kept:
-            value.data = kept[name]
+            value.data = kept[name].to(value.device)  # a GPU has the model by now
     return _quiet(trainer)
 
 

@@ -20,9 +20,9 @@ QUANTIZED = {
 }
 
 
-def _recipe(run, base, **changes):
+def _recipe(run, path, **changes):
     changes["training"] = SHORT | changes.pop("training", {})
-    return recipe_of(run, base, **changes)
+    return recipe_of(run, path, **changes)
 
 
 @needs_gpu
@@ -35,9 +35,11 @@ def test_a_run_trained_on_a_gpu_merges_and_verifies_on_the_cpu(scheme, python_ba
 
 
 @needs_gpu
-def test_convolutions_of_pictures_do_not_spoil_the_probe(digits_base, tmp_path):
+@pytest.mark.parametrize("mode", ["manual", "hf"])
+def test_convolutions_of_pictures_do_not_spoil_the_probe(mode, digits_base, tmp_path):
     """A GPU multiplies convolutions in TensorFloat32, which is a thousand times as coarse."""
-    run = train(_recipe(DIGITS_RUN, digits_base), tmp_path / "run")
+    quantization = {**QUANTIZED["nf4"], "mode": mode}
+    run = train(_recipe(DIGITS_RUN, digits_base, quantization=quantization), tmp_path / "run")
     assert run.manifest.probe.results[0].metrics["relative_max"] < 1e-5
 
 
@@ -57,7 +59,9 @@ def test_a_bfloat16_base_is_multiplied_in_bfloat16(python_base, tmp_path, monkey
     loss = StrictTrainer.training_step
 
     def watching(self, model, *args, **kwargs):
-        layer = next(module for name, module in model.named_modules() if name.endswith("lora_A.default"))
+        layer = next(
+            module for name, module in model.named_modules() if name.endswith("lora_A.default")
+        )
         hook = layer.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
         try:
             return loss(self, model, *args, **kwargs)
@@ -65,8 +69,8 @@ def test_a_bfloat16_base_is_multiplied_in_bfloat16(python_base, tmp_path, monkey
             hook.remove()
 
     monkeypatch.setattr(StrictTrainer, "training_step", watching)
-    changes = {"base": {"path": str(python_base), "dtype": "bfloat16"}, "training": {"max_steps": 6}}
-    train(_recipe(PYTHON_RUN, python_base, **changes), tmp_path / "run")
+    narrow = {**PYTHON_RUN, "base": {"path": "", "dtype": "bfloat16"}}
+    train(_recipe(narrow, python_base, training={"max_steps": 6}), tmp_path / "run")
     assert seen == {torch.bfloat16}
 
 

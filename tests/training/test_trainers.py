@@ -208,5 +208,8 @@ def test_a_compiled_training_takes_the_same_steps(python_base, tmp_path, quantiz
         losses[compiled] = [row["loss"] for row in read_metrics(run.path / "metrics.jsonl")]
     assert len(losses[True]) == 3
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
-    stored = [set(read_tensors(tmp_path / f"run-{c}" / "adapter_model.safetensors")) for c in (False, True)]
+    stored = [
+        set(read_tensors(tmp_path / f"run-{c}" / "adapter_model.safetensors"))
+        for c in (False, True)
+    ]
     assert stored[0] == stored[1]
