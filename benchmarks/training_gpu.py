@@ -4,18 +4,17 @@
     python benchmarks/training_gpu.py --size 8B --rows qlora --steps 8
     python benchmarks/training_gpu.py --rows qlora,qlora-compile,qlora-paged,ternary --only qlx
 
-Every row of a batch has `--tokens` tokens of the Python standard library, so both sides compute the same; batch,
-adapter, gradient checkpointing and optimizer are the same, and the weights are bfloat16. Each training is a process of its
-own. A step's time is the median over the steps after the first five, with the GPU waited for; memory is PyTorch's peak of
-allocated and reserved bytes while training; `planned` is what `qlx plan` says beforehand for the recipe. The table goes to
-standard output, everything to benchmarks/output/training_gpu.json.
+Every row of a batch has `--tokens` tokens of the Python standard library, so both sides compute the same;
+batch, adapter, gradient checkpointing and optimizer are the same, and the weights are bfloat16. Each training is
+a process of its own. A step's time is the median over the steps after the first five, with the GPU waited for;
+memory is PyTorch's peak of allocated and reserved bytes while training; `planned` is what `qlx plan` says
+beforehand. The table goes to standard output, everything to benchmarks/output/training_gpu.json.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile

@@ -145,8 +145,8 @@ def launch(arguments: Sequence[str], count: int) -> int:
 def _check_gpus(processes: int, gpus: int) -> None:
     if 0 < gpus < processes:
         raise UsageError(
-            f"--nproc {processes}: each process needs a GPU of its own and this machine has {gpus}; give at most --nproc "
-            f"{gpus}, or hide the GPUs to train on the CPU (CUDA_VISIBLE_DEVICES=)"
+            f"--nproc {processes}: each process needs a GPU of its own and this machine has {gpus}; give at most "
+            f"--nproc {gpus}, or hide the GPUs to train on the CPU (CUDA_VISIBLE_DEVICES=)"
         )
 
 
