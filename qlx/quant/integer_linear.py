@@ -82,7 +82,7 @@ class IntegerLinear(nn.Linear):
         parts = (packed.codes, packed.scales, _or_empty(packed.zeros), _or_empty(packed.groups))
         y = linear_remade(x.to(dtype), make, *parts)
         if self.bias is not None:
-            y = y + self.bias.to(dtype)
+            y += self.bias.to(dtype)
         return y.to(input.dtype)
 
     def dequantize(self) -> Tensor:
