@@ -28,16 +28,15 @@ def join_products(model: nn.Module) -> int:
 
 
 @cache
-def _lora_layers() -> dict[type, None]:
+def _lora_layers() -> tuple[Any, ...]:
     """PEFT's layers around a linear layer: of floats, and of 4-bit codes where bitsandbytes is installed."""
     from peft.tuners import lora
 
-    four_bit = getattr(lora, "Linear4bit", None)
-    return dict.fromkeys(kind for kind in (lora.Linear, four_bit) if kind is not None)
+    return tuple(getattr(lora, name) for name in ("Linear", "Linear4bit") if hasattr(lora, name))
 
 
 @cache
-def _joined(kind: type) -> type:
+def _joined(kind: Any) -> type:
     return type(f"Joined{kind.__name__}", (_Joined, kind), {})
 
 
