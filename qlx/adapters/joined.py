@@ -20,10 +20,10 @@ def join_products(model: nn.Module) -> int:
     What a layer is, holds and saves does not change. DoRA, several adapters at once, biases of the
     adapter's own, other dtypes than the base's, autocast and an export stay PEFT's own computation.
     """
-    found = [module for module in model.modules() if type(module) in _lora_layers()]
-    joined = [module for module in found if isinstance(module.base_layer, nn.Linear)]
-    for module in joined:
-        module.__class__ = _joined(type(module))
+    layers: list[Any] = [m for m in model.modules() if type(m) in _lora_layers()]
+    joined = [layer for layer in layers if isinstance(layer.base_layer, nn.Linear)]
+    for layer in joined:
+        layer.__class__ = _joined(layer.__class__)
     return len(joined)
 
 

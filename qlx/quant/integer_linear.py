@@ -123,4 +123,4 @@ def _values(
 ) -> Tensor:
     integers = unpack_integers(codes, bits, columns)
     present = [part if part.numel() else None for part in (zeros, groups)]
-    return materialize(integers, scales, *present)
+    return materialize(integers, scales, *present, spend=True)
