@@ -6,7 +6,8 @@
 Same base, data, batch and adapter; every training is a process of its own, and the methods take turns. A
 step's time is the median over the steps after the first five; memory is the highest mark of the process up to
 the last step, above what the imports hold (qlx has scored the held-out examples by then, too). qlx writes a run
-with its probe afterwards, which is not part of a step.
+with its probe afterwards, which is not part of a step. Ratios are medians over the repeats, each of which trains
+both, with the lowest and the highest.
 The table goes to standard output, everything to benchmarks/output/training.json.
 """
 
@@ -77,7 +78,7 @@ options = {"dtype": torch.float32}
 if quantization is not None:
     options["quantization_config"] = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32)
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head", "classifier"])
 text = recipe.task == "causal-lm"
 auto = AutoModelForCausalLM if text else AutoModelForImageClassification
 model = auto.from_pretrained(task["base"], **options)
@@ -214,7 +215,7 @@ def _train(method: str, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Medians as Markdown: seconds a step, memory, the last loss, and the ratios of qlx to the peer."""
+    """Medians as Markdown: seconds a step, memory, and the ratios of qlx to the peer with their range."""
     lines = [
         "| | seconds a step: qlx | peer | ratio | MiB above imports: qlx | peer | ratio |",
         "|---|---|---|---|---|---|---|",
@@ -223,16 +224,12 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [row]
         for key, scale, digits in (("step", 1, 3), ("memory", 2**20, 0)):
             qlx, peer = (
-                statistics.median(
-                    run[key] for run in runs if (run["row"], run["method"]) == (row, method)
-                )
+                [run[key] for run in runs if (run["row"], run["method"]) == (row, method)]
                 for method in ("qlx", "peer")
             )
-            cells += [
-                f"{qlx / scale:.{digits}f}",
-                f"{peer / scale:.{digits}f}",
-                f"{qlx / peer:.2f}",
-            ]
+            ratios = [ours / theirs for ours, theirs in zip(qlx, peer, strict=True)]
+            cells += [f"{statistics.median(values) / scale:.{digits}f}" for values in (qlx, peer)]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

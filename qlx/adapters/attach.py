@@ -27,6 +27,7 @@ from qlx.adapters.initial import (
     start_loftq,
     start_pissa,
 )
+from qlx.adapters.joined import join_products
 from qlx.adapters.reader import WEIGHTS_FILE, read_adapter
 from qlx.adapters.vocabulary import start_rows, token_targets, widen_for
 from qlx.checkpoint import AdapterSpec, canonical_json
@@ -182,6 +183,7 @@ def attach_adapter(
     if section.initialisation == "loftq":
         assert original is not None
         start_loftq(with_adapter, lambda module: _known(original(module)))
+    join_products(with_adapter)
     return with_adapter
 
 
@@ -264,6 +266,7 @@ def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) 
             f"{directory}: the adapter does not fit this base model: {_misfit(error)}"
         ) from error
     _check_loaded(loaded, directory)
+    join_products(loaded)
     return _with_own_biases(loaded, biases, adapter.config.bias).train(trainable)
 
 

@@ -143,7 +143,7 @@ class ExactLinear(nn.Module):
             make = partial(_values, self.grid, self.scaling / self.grid.step)
             y = linear_learned(x.to(dtype), make, self.lora_A, self.lora_B, *scale)
         if self.bias is not None:
-            y = y + self.bias.to(dtype)
+            y += self.bias.to(dtype)
         return y.to(input.dtype)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "ExactLinear":

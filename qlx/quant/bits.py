@@ -31,7 +31,7 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
 def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The codes of uint8 [rows, row_bytes], as float32 [rows, columns] (each exactly an integer)."""
     if bits == 8:  # one code a byte: a subtraction is faster than a look-up
-        return packed.float() - 128
+        return packed.float().sub_(128)
     table = _codes_of_bytes(bits).to(packed.device)
     codes = table.index_select(0, packed.reshape(-1).int())
     return codes.view(packed.shape[0], -1)[:, :columns]

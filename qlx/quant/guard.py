@@ -36,11 +36,20 @@ __all__ = ["GuardedLinear4bit", "guard_module", "guarded_linear", "packed_of_mod
 
 def _values(weight: Tensor, *, state: Any, dtype: torch.dtype) -> Tensor:
     """The dequantized weight [out, in], level * absmax in float32, cast to `dtype`."""
-    absmax = state.absmax if not state.nested else unnest_scales(_nested_of(state))
+    absmax = _scales(state) if state.nested else state.absmax
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         weight.view(-1, 1), absmax, state.blocksize, state.quant_type, state.shape, dtype
     )
     return values
+
+
+def _scales(state: Any) -> Tensor:
+    """`unnest_scales` in one pass over the scales; a layer needs them twice a training step."""
+    inner = state.state2
+    scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        state.absmax, inner.absmax, inner.code, inner.blocksize, torch.float32
+    )
+    return scales.add_(state.offset)
 
 
 def _nested_of(state: Any) -> NestedScales:
@@ -56,7 +65,7 @@ class GuardedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc,unused-ignore]
         make = partial(_values, state=_state_of(self), dtype=dtype)
         y = linear_remade(x.to(dtype), make, self.weight)
         if self.bias is not None:
-            y = y + self.bias.to(dtype)
+            y += self.bias.to(dtype)
         return y.to(x.dtype)
 
 

@@ -82,7 +82,7 @@ class IntegerLinear(nn.Linear):
         parts = (packed.codes, packed.scales, _or_empty(packed.zeros), _or_empty(packed.groups))
         y = linear_remade(x.to(dtype), make, *parts)
         if self.bias is not None:
-            y = y + self.bias.to(dtype)
+            y += self.bias.to(dtype)
         return y.to(input.dtype)
 
     def dequantize(self) -> Tensor:
@@ -123,4 +123,4 @@ def _values(
 ) -> Tensor:
     integers = unpack_integers(codes, bits, columns)
     present = [part if part.numel() else None for part in (zeros, groups)]
-    return materialize(integers, scales, *present)
+    return materialize(integers, scales, *present, spend=True)

@@ -49,7 +49,12 @@ _SMALLEST_MEAN = 1e-5  # below it BitNet takes 1e-5 as the mean magnitude
 
 
 def materialize(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None = None, groups: Tensor | None = None
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    groups: Tensor | None = None,
+    *,
+    spend: bool = False,
 ) -> Tensor:
     """Values = scale * (code - zero), float32 [out, in].
 
@@ -58,6 +63,7 @@ def materialize(
         scales: [out, n] or [1, n], n dividing `in`: each of n equal runs of inputs has a scale.
         zeros: the same shape as scales, in the units of the codes; None stands for 0.
         groups: integers [in], the column of `scales` each input takes instead (GPTQ's g_idx).
+        spend: float32 codes may be overwritten by the values, which saves an array of their size.
 
     One subtraction and one product in float32 for every value, differentiable in scales and zeros.
     """
@@ -68,7 +74,11 @@ def materialize(
     else:
         q, s = q.reshape(q.shape[0], s.shape[1], -1), s[..., None]
         z = None if z is None else z[..., None]
-    return ((q if z is None else q - z) * s).reshape(codes.shape)
+    if spend:
+        values = (q if z is None else q.sub_(z)).mul_(s)
+    else:
+        values = (q if z is None else q - z) * s
+    return values.reshape(codes.shape)
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class PackedIntegers:
 
     def values(self) -> Tensor:
         """The weight's values, float32 [out, in]."""
-        return materialize(self.integers(), self.scales, self.zeros, self.groups)
+        return materialize(self.integers(), self.scales, self.zeros, self.groups, spend=True)
 
     def identity(self) -> tuple[str, tuple[Tensor, ...]]:
         """What a fingerprint covers: the form as text, and the tensors.
