@@ -141,8 +141,12 @@ def make_adapter(
     size: Size,
     leaves: Iterable[str] = ATTENTION,
     quant: QuantSpec | None = None,
+    rows: tuple[int, int] = (2, 8),
 ) -> Path:
-    """A PEFT adapter on `base`, with the manifest of one that qlx trained (its probe is noise)."""
+    """A PEFT adapter on `base`, with the manifest of one that qlx trained.
+
+    Its probe is noise: `rows` of so many positions, the last two of the first row padding.
+    """
     directory.mkdir(parents=True)
     modules = size.modules(leaves)
     generator = torch.Generator().manual_seed(1)
@@ -159,10 +163,10 @@ def make_adapter(
     (directory / "adapter_config.json").write_text(json.dumps(config))
     (directory / "config.json").write_text(json.dumps(size.config))
     random = np.random.default_rng(0)
-    ids = random.integers(3, size.vocabulary, (2, 8))
+    ids = random.integers(3, size.vocabulary, rows)
     mask = np.ones_like(ids)
-    mask[0, 6:] = 0
-    noise = random.standard_normal((2, 8, size.vocabulary)).astype(np.float32)
+    mask[0, -2:] = 0
+    noise = random.standard_normal((*rows, size.vocabulary)).astype(np.float32)
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
     write_probe(
         directory / "probe.safetensors", Probe("causal-lm", inputs, noise, base=noise[::-1].copy())

@@ -23,7 +23,7 @@ from qlx.packing.healing.promote import LADDER, Need, need_of, promote
 from qlx.packing.healing.tune import PackedLayer, Rows, tune
 from qlx.packing.select import Selection
 from qlx.packing.source import Weights
-from qlx.quant import PackedTensor, kept
+from qlx.quant import PackedTensor
 from qlx.verification import Comparison, Tally, shown
 
 __all__ = ["Healed", "Healing", "heal"]
@@ -111,12 +111,12 @@ def heal(
     stream = compensate_stack(model, weights, selection, spec_of, data, look, tell)
     layers = _assembled(model, stream, spec.activation_bits)
     options = {"steps": healing.steps, "rank": healing.rank, "seed": healing.seed}
-    kept_stage = tune(model, list(layers.values()), stream.rows, stream.held_out, **options)
+    kept_stage = tune(model, layers, stream.rows, stream.held_out, **options)
     compared = _compared(model, stream.held_out, data)
     tell(f"healed by {kept_stage}: KL {compared.kl_mean:.4g} on the rows held out")
     _require(compared, min_retention)
     packed = {
-        selection.tensors[name]: kept(layer.packed(), f"{name}.healed", model.files.keep)
+        selection.tensors[name]: model.pages.keep_packed(f"{name}.healed", layer.packed())
         for name, layer in layers.items()
     }
     record = {
@@ -147,7 +147,7 @@ def _assembled(
     layers = {}
     for name, placed in stream.placed.items():
         bias = model.model.get_submodule(name)._parameters["bias"]
-        layers[name] = PackedLayer(placed, bias, activation_bits)
+        layers[name] = PackedLayer(placed, bias, activation_bits, name, model.pages)
         model.model.set_submodule(name, layers[name])
     return layers
 

@@ -5,10 +5,14 @@ s = s0 · exp(l), the codes staying what compensation made them. After that a lo
 the rounding, level = round(position + C), with straight-through gradients (LR-QAT, arXiv 2406.06385)
 moves single codes. Both use Adam with a warm-up and a cosine, and what is kept is what has the
 smallest KL on held-out rows, the untuned model included.
+
+One layer of the stack is in memory at a time: what each holds and learns, and its optimizer's states, lie in
+files (`paged`), and it takes its step as soon as the backward pass has gone through it.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 from qlx.packing.healing.blocks import Inputs, LayeredModel
 from qlx.packing.healing.compensate import Placed
 from qlx.packing.healing.grids import grid_of, levels_of, on_grid, scales_of, spread, with_parts
+from qlx.packing.healing.paged import Pages, Resting, release, tensors_of
 from qlx.quant import FOUR_BIT, PackedTensor, quantize_activations
 
 __all__ = ["PackedLayer", "Rows", "divergence_of", "tune"]
@@ -42,20 +47,34 @@ class Rows:
         return None if mask is None else mask.bool()
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(Resting):
     """A linear layer on its grid whose scales and rounding can be tuned.
 
     `logs` are added to the logarithms of the scales; `down` A [rank, in] and `up` B [out, rank] make
-    the correction. Either is None until a stage wants it.
+    the correction. Either is None until a stage wants it. They lie in `pages`, by the layer's name.
     """
 
-    def __init__(self, placed: Placed, bias: Tensor | None, activation_bits: int | None) -> None:
+    def __init__(
+        self,
+        placed: Placed,
+        bias: Tensor | None,
+        activation_bits: int | None,
+        name: str,
+        pages: Pages,
+    ) -> None:
         super().__init__()
         self.placed, self.bias, self.activation_bits = placed, bias, activation_bits
-        self.grid, self.scales = grid_of(placed.packed.scheme), scales_of(placed.packed).float()
+        self.name, self.pages = name, pages
+        self._remembered: dict[str, dict[str, Tensor | None]] = {}
+        self.grid = grid_of(placed.packed.scheme)
+        self.scales = pages.keep(f"{name}.scales", scales_of(placed.packed).float())
         self.logs: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.up: nn.Parameter | None = None
+
+    def held(self) -> Iterator[Tensor]:
+        """Codes, scales and fractions; what is learned are parameters."""
+        yield from (*tensors_of(self.placed), self.scales)
 
     @property
     def scalable(self) -> bool:
@@ -93,15 +112,34 @@ class PackedLayer(nn.Module):
         groups: list[dict[str, Any]] = []
         if self.scalable:
             if self.logs is None:
-                self.logs = nn.Parameter(torch.zeros_like(self.scales))
+                self.logs = nn.Parameter(self.pages.zeros(f"{self.name}.logs", self.scales.shape))
             groups.append({"params": [self.logs], "lr": _SCALE_RATE})
         if rank:
             rows, columns = self.placed.packed.shape
             first = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
-            self.down, self.up = nn.Parameter(first), nn.Parameter(torch.zeros(rows, rank))
+            self.down = nn.Parameter(self.pages.keep(f"{self.name}.down", first))
+            self.up = nn.Parameter(self.pages.zeros(f"{self.name}.up", (rows, rank)))
             rate = _CORRECTION_RATE / len(self.grid.levels)
             groups.append({"params": [self.down, self.up], "lr": rate})
         return groups
+
+    def remember(self, when: str) -> None:
+        """Keep what is learned so far under a name of its own, for `recall`."""
+        parts = {"logs": self.logs, "down": self.down, "up": self.up}
+        self._remembered[when] = {
+            part: None if item is None else self.pages.keep(f"{self.name}.{part}.{when}", item)
+            for part, item in parts.items()
+        }
+
+    def recall(self, when: str) -> None:
+        """Have again what `remember` kept."""
+        for part, value in self._remembered[when].items():
+            own = getattr(self, part)
+            if value is None or own is None:
+                setattr(self, part, None)
+            else:
+                own.data.copy_(value)
+                release([own, value])
 
 
 class _Product(torch.autograd.Function):
@@ -159,7 +197,7 @@ def divergence_of(reference: Tensor, outputs: Tensor, mask: Tensor | None) -> Te
 
 def tune(
     model: LayeredModel,
-    layers: Sequence[PackedLayer],
+    layers: Mapping[str, PackedLayer],
     rows: Sequence[Rows],
     held_out: Sequence[Rows],
     *,
@@ -167,54 +205,102 @@ def tune(
     rank: int,
     seed: int,
 ) -> str:
-    """Tune `layers`, which are in their places in `model`; what was kept of it.
+    """Tune `layers`, by name and in their places in `model`; what was kept of it.
 
     `compensation`, `scales` or `correction` is kept: the last stage that made the held-out rows better.
     """
     best, kept = _held_out(model, held_out), "compensation"
-    stages = [("scales", 0)] if any(layer.scalable for layer in layers) else []
+    stages = [("scales", 0)] if any(layer.scalable for layer in layers.values()) else []
     stages += [("correction", rank)] if rank else []
     for at, (name, own_rank) in enumerate(stages if steps else []):
         generator = torch.Generator().manual_seed(seed + at)
-        before = _state(layers)
-        groups = [group for layer in layers for group in layer.learn(own_rank, generator)]
-        least, state = _stage(model, layers, rows, held_out, groups, steps, generator)
+        for layer in layers.values():
+            layer.remember("before")
+        optimizers = [
+            _Optimizer(model.pages, part, own_rank, generator, steps)
+            for part in _by_stack(model, layers)
+        ]
+        least = _stage(model, layers, rows, held_out, optimizers, steps, generator)
         if least < best:
             best, kept = least, name
-            _restore(layers, state)
-        else:
-            _restore(layers, before)
+        for layer in layers.values():
+            layer.recall("best" if kept == name else "before")
     return kept
+
+
+def _by_stack(
+    model: LayeredModel, layers: Mapping[str, PackedLayer]
+) -> list[dict[str, PackedLayer]]:
+    """The packed layers that lie in each layer of the stack."""
+    return [
+        {name: layer for name, layer in layers.items() if name.startswith(f"{path}.")}
+        for path in model.stack
+    ]
+
+
+class _Optimizer:
+    """Adam for what the packed layers of one layer of the stack learn, its states in files."""
+
+    def __init__(
+        self,
+        pages: Pages,
+        layers: Mapping[str, PackedLayer],
+        rank: int,
+        generator: torch.Generator,
+        steps: int,
+    ) -> None:
+        groups = [group for layer in layers.values() for group in layer.learn(rank, generator)]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.98)) if groups else None
+        if self.adam is None:
+            return
+        self.rates = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda step: _rate(step, steps))
+        self.states: list[Tensor] = []
+        places = [parameter for group in groups for parameter in group["params"]]
+        for at, parameter in enumerate(places):
+            moments = {
+                key: pages.zeros(f"{next(iter(layers))}.{at}.{key}", parameter.shape)
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            self.adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            self.states += moments.values()
+        release([*places, *self.states])
+
+    def step(self) -> None:
+        """Move by the gradients there are, and let go of them and of the states."""
+        if self.adam is not None:
+            self.adam.step()
+            self.adam.zero_grad()
+            self.rates.step()
+            release(self.states)
 
 
 def _stage(
     model: LayeredModel,
-    layers: Sequence[PackedLayer],
+    layers: Mapping[str, PackedLayer],
     rows: Sequence[Rows],
     held_out: Sequence[Rows],
-    groups: list[dict[str, Any]],
+    optimizers: Sequence[_Optimizer],
     steps: int,
     generator: torch.Generator,
-) -> tuple[float, Any]:
-    """One stage of learning; the least held-out KL and the parameters that had it."""
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    rates = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
-    least, state = math.inf, _state(layers)
-    order = _order(len(rows), generator)
+) -> float:
+    """One stage of learning; the least held-out KL, whose parameters are remembered as `best`."""
+    least, order = math.inf, _order(len(rows), generator)
     for step in range(1, steps + 1):
         batch = rows[next(order)]
         with torch.no_grad():
             wanted = model.finished(batch.inputs, batch.state)
-        loss = divergence_of(wanted, model.outputs(batch.inputs), batch.mask)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        rates.step()
+        model.learn(
+            batch.inputs,
+            functools.partial(divergence_of, wanted, mask=batch.mask),
+            lambda at: optimizers[at].step(),
+        )
         if step % max(1, steps // _CHECKS) == 0 or step == steps:
             found = _held_out(model, held_out)
             if found < least:
-                least, state = found, _state(layers)
-    return least, state
+                least = found
+                for layer in layers.values():
+                    layer.remember("best")
+    return least
 
 
 def _rate(step: int, steps: int) -> float:
@@ -239,21 +325,3 @@ def _held_out(model: LayeredModel, rows: Sequence[Rows]) -> float:
             size = float(len(wanted) if batch.mask is None else batch.mask.sum())
             total, count = total + float(found) * size, count + size
     return total / count
-
-
-def _state(layers: Sequence[PackedLayer]) -> Any:
-    """A copy of everything learned so far, for `_restore`."""
-    return [
-        {name: None if item is None else item.detach().clone() for name, item in _learned(layer)}
-        for layer in layers
-    ]
-
-
-def _learned(layer: PackedLayer) -> list[tuple[str, nn.Parameter | None]]:
-    return [("logs", layer.logs), ("down", layer.down), ("up", layer.up)]
-
-
-def _restore(layers: Sequence[PackedLayer], state: Any) -> None:
-    for layer, values in zip(layers, state, strict=True):
-        for name, value in values.items():
-            setattr(layer, name, None if value is None else nn.Parameter(value))
