@@ -4,8 +4,8 @@
     python benchmarks/healing_memory.py --layers 2 10 --targets int4 --steps 4
     python benchmarks/healing_memory.py --layers 2 10 --way held     # the control: nothing leaves memory
 
-The models are noise in bf16 (nothing here depends on values), the adapter lies on all linear layers and the
-calibration data are the rows of its probe. The bound is two layers in float32, the calibration data's activations
+The models are merged ones of noise in bf16 (nothing here depends on values), with their bases, and the
+calibration data are the rows of their probes. The bound is two layers in float32, the calibration data's activations
 (two states of every row, the outputs of the probe, and one batch through one layer and the head) and the head itself
 in float32. What is measured is the highest mark of resident memory in a process of its own above what it
 had when everything was imported, with malloc told to give back at once what is freed. The proof at the end is left
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generated import LINEAR, Size, make_adapter, make_model
+from benchmarks.generated import Size, make_merged, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -43,19 +43,20 @@ import transformers.models.llama.modeling_llama
 from qlx.packing import Healing, pack
 from qlx.packing.healing import paged
 from qlx.verification.prove import sealed
-base, adapter, output, to, way, steps, rank = sys.argv[1:]
+base, merged, output, to, way, steps, rank = sys.argv[1:]
 torch.linalg.cholesky(torch.eye(8))  # loads what it needs
 (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()
 sys.modules["qlx.packing.pack"].prove = lambda staging, manifest, **given: sealed(staging, manifest)
 sys.modules["qlx.packing.healing.heal"]._require = lambda *given: None  # the probe is noise
 if way == "held":
-    paged.release = lambda tensors: None
-    paged.Pages.release = lambda self: None
+    for module in list(sys.modules.values()):
+        if getattr(module, "release", None) is paged.release:
+            module.release = lambda tensors: None
 stages = []
 def tell(line):
     stages.append((line, mark("VmHWM") - held))
 held = mark("VmRSS")
-pack(Path(adapter), Path(output), to=to, base=base, min_retention=0, report=tell,
+pack(Path(merged), Path(output), to=to, base=base, min_retention=0, report=tell,
      healing=Healing(steps=int(steps), rank=int(rank)))
 print(json.dumps({"peak": mark("VmHWM") - held, "stages": stages}))
 """
@@ -114,11 +115,11 @@ class Case:
 
 
 def models(root: Path, case: Case, layers: int) -> tuple[Path, Path]:
-    """A base of so many layers and an adapter on it."""
+    """A base of so many layers and a merged checkpoint of it."""
     size, place = case.size(layers), root / f"{layers}"
     base = make_model(place / "base", size)
     rows = (case.rows, case.length)
-    return base, make_adapter(place / "adapter", base, size, LINEAR, rows=rows)
+    return base, make_merged(place / "merged", base, size, rows)
 
 
 def peak(made: tuple[Path, Path], output: Path, case: Case, to: str, way: str) -> dict[str, Any]:

@@ -28,8 +28,10 @@ from qlx.quant import (
     SCALE_DTYPE,
     PackedTensor,
     dequantize_tensor,
+    packed_rows,
     quantize_tensor,
     torch_dtype_of,
+    value_unit,
 )
 
 __all__ = ["FRACTION", "Placed", "compensated", "output_retention"]
@@ -40,7 +42,7 @@ FRACTION = 254
 _DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
 _RUN = 128  # columns between two updates of the rest, where a scale serves a whole row
 _FACTORS = (0.25, 1.05, 25)  # scales that are tried, as shares of the one that clips nothing
-_AT_ONCE = 2**18  # values whose scales are searched at once, for the sake of memory
+_AT_ONCE = 2**18  # values of a weight that are looked at together, for the sake of memory
 _BLOCK = 256  # of a triangle that is inverted in place
 
 
@@ -128,6 +130,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     for _ in range(6):
         turned = hessian.flip(0, 1)
         turned.diagonal().add_(damping)
+        release([hessian])
         lower, failed = torch.linalg.cholesky_ex(turned)
         del turned
         if not failed:
@@ -198,6 +201,17 @@ def output_retention(
     What the gate measures on the model's outputs, here on one layer's: 1 when packing adds no error,
     0 when it adds as much as the adapter had changed, below when more. None where nothing was changed.
     """
-    delta, error = weight - before, dequantize_tensor(packed, torch.float32) - weight
-    effect = float(((delta @ hessian) * delta).sum())
-    return 1.0 - float(((error @ hessian) * error).sum()) / effect if effect > 0 else None
+    effect = lost = 0.0
+    unit = value_unit(packed)
+    size = max(unit, _AT_ONCE // weight.shape[1] // unit * unit)
+    for at in range(0, len(weight), size):
+        rows = slice(at, min(at + size, len(weight)))
+        values = dequantize_tensor(packed_rows(packed, rows), torch.float32)
+        effect += _energy(weight[rows] - before[rows], hessian)
+        lost += _energy(values.sub_(weight[rows]), hessian)
+    return 1.0 - lost / effect if effect > 0 else None
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> float:
+    """What some rows of a weight make of the inputs, squared and summed."""
+    return float(((rows @ hessian) * rows).sum())

@@ -149,8 +149,7 @@ class _Pass:
         states: Sequence[Tensor],
     ) -> None:
         """Round the modules of a group by their common inputs; their weights become the rounded ones."""
-        pages = self.model.pages
-        hessian = pages.keep("hessian", self._hessian(at, group[0], batches, states))
+        hessian = self._hessian(at, group[0], batches, states)
         for name in group:
             self.model.rest(at)
             module: Any = self.model.model.get_submodule(name)
@@ -177,7 +176,7 @@ class _Pass:
 
         handle = self.model.model.get_submodule(name).register_forward_pre_hook(gather)
         inside = int(self.model.model.get_submodule(name).weight.shape[1])  # type: ignore[arg-type,union-attr,index]
-        total, count = torch.zeros(inside, inside), 0
+        total, count = self.model.pages.zeros("hessian", (inside, inside)), 0
         for batch, state in zip(batches, states, strict=True):
             self.model.leaving(at, batch, state)
             inputs = _real(found.pop(), batch.get("attention_mask"))

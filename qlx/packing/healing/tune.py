@@ -23,7 +23,7 @@ from qlx.packing.healing.blocks import Inputs, LayeredModel
 from qlx.packing.healing.compensate import Placed
 from qlx.packing.healing.grids import grid_of, levels_of, on_grid, scales_of, spread, with_parts
 from qlx.packing.healing.paged import Pages, Resting, release, tensors_of
-from qlx.quant import FOUR_BIT, PackedTensor, quantize_activations
+from qlx.quant import FOUR_BIT, PackedTensor, packed_rows, quantize_activations, value_unit
 
 __all__ = ["PackedLayer", "Rows", "divergence_of", "tune"]
 
@@ -31,6 +31,7 @@ _SCALE_RATE = 2e-2  # of the logarithms
 _CORRECTION_RATE = 0.05  # by the number of levels: finer grids lie closer to what is wanted
 _WARM_UP, _LAST_RATE = 15, 0.03  # steps, and the share of the rate that is left at the end
 _CHECKS = 10  # looks at the held-out rows in one stage
+_AT_ONCE = 2**19  # values of a weight that are made at once
 
 
 @dataclass(frozen=True)
@@ -90,22 +91,32 @@ class PackedLayer(Resting):
         output = product(input, scales, self.down, self.up, self)
         return output if self.bias is None else output + self.bias
 
-    def levels(self) -> Tensor:
-        """The levels as they are now, float32 [out, in]."""
-        if self.down is None or self.up is None:
-            return levels_of(self.placed.packed)
-        return self.grid.rounded(self.positions())
+    def blocks(self) -> Iterator[slice]:
+        """The weight's rows in parts whose values are made at once, so that nothing of its size is."""
+        rows, columns = self.placed.packed.shape
+        unit = value_unit(self.placed.packed)
+        size = max(unit, _AT_ONCE // columns // unit * unit)
+        return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
-    def positions(self) -> Tensor:
-        """Where between the levels every value lies now, float32 [out, in]."""
+    def levels(self, rows: slice) -> Tensor:
+        """The levels of some rows as they are now, float32 [rows, in]."""
+        if self.down is None or self.up is None:
+            return levels_of(packed_rows(self.placed.packed, rows))
+        return self.grid.rounded(self.positions(rows))
+
+    def positions(self, rows: slice) -> Tensor:
+        """Where between the levels every value of some rows lies now, float32 [rows, in]."""
         assert self.down is not None
         assert self.up is not None
-        return self.placed.positions().addmm_(self.up.detach(), self.down.detach())
+        packed = packed_rows(self.placed.packed, rows)
+        before = Placed(packed, self.placed.fractions[rows]).positions()
+        return before.addmm_(self.up.detach()[rows], self.down.detach())
 
     def packed(self) -> PackedTensor:
         """The weight as it is to be stored."""
         scales = None if self.logs is None else self.scales * self.logs.detach().exp()
-        return with_parts(self.placed.packed, self.levels(), scales)
+        levels = torch.cat([self.levels(rows) for rows in self.blocks()])
+        return with_parts(self.placed.packed, levels, scales)
 
     def learn(self, rank: int, generator: torch.Generator) -> list[dict[str, Any]]:
         """Make the parameters of a stage and return them with their rates; of rank 0 only the scales."""
@@ -143,7 +154,7 @@ class PackedLayer(Resting):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with W made of levels and scales in both passes, so that nothing of its size is kept."""
+    """x W^T with W made of levels and scales in both passes, some rows at a time."""
 
     @staticmethod
     def forward(
@@ -156,29 +167,64 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scales)
         ctx.layer = layer
-        return nn.functional.linear(x, on_grid(layer.levels(), scales))
+        parts = (
+            nn.functional.linear(x, on_grid(layer.levels(rows), _of_rows(scales, rows)))
+            for rows in layer.blocks()
+        )
+        return torch.cat(list(parts), dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
         x, scales = ctx.saved_tensors
         layer: PackedLayer = ctx.layer
-        levels = layer.levels()
-        to_x = gradient @ on_grid(levels, scales) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:4]):
-            return to_x, None, None, None, None
-        shape = (int(levels.shape[0]), int(levels.shape[1]))
+        made = _Gradients(layer, x, scales)
+        for rows in layer.blocks():
+            made.add(rows, gradients[0], ctx.needs_input_grad)
+        return made.to_x, made.to_scales, made.to_down, made.to_up, None
+
+
+class _Gradients:
+    """What `_Product` passes back, gathered over the rows of the weight."""
+
+    def __init__(self, layer: PackedLayer, x: Tensor, scales: Tensor) -> None:
+        self.layer, self.x, self.scales = layer, x, scales
+        self.to_x: Tensor | None = None
+        self.to_scales = torch.zeros_like(scales)
+        self.to_down = None if layer.down is None else torch.zeros_like(layer.down)
+        self.to_up = None if layer.up is None else torch.zeros_like(layer.up)
+
+    def add(self, rows: slice, gradient: Tensor, needed: Sequence[bool]) -> None:
+        """Add the part of some rows."""
+        gradient, levels = gradient[..., rows], self.layer.levels(rows)
+        scales = _of_rows(self.scales, rows)
+        if needed[0]:
+            to_x = gradient @ on_grid(levels, scales)
+            self.to_x = to_x if self.to_x is None else self.to_x.add_(to_x)
+        if any(needed[1:4]):
+            weight = gradient.reshape(-1, len(levels)).T @ self.x.reshape(-1, levels.shape[1])
+            self._learned(rows, weight, levels, scales)
+
+    def _learned(self, rows: slice, weight: Tensor, levels: Tensor, scales: Tensor) -> None:
+        """The gradients of scales and correction from those of the weight's values, [rows, in]."""
+        layer, shape = self.layer, (int(levels.shape[0]), int(levels.shape[1]))
         cut = spread(scales, shape)
-        weight = (gradient.reshape(-1, shape[0]).T @ x.reshape(-1, shape[1])).reshape(cut.shape)
+        weight = weight.reshape(cut.shape)
         to_scales = (weight * levels.reshape(cut.shape)).sum(dim=-1)
-        if scales.shape[0] == 1:
-            to_scales = to_scales.sum(dim=0, keepdim=True)
-        if layer.down is None or layer.up is None:
-            return to_x, to_scales, None, None, None
+        if len(self.scales) == 1:
+            self.to_scales += to_scales.sum(dim=0, keepdim=True)
+        else:
+            self.to_scales[rows] = to_scales
+        if layer.down is None or layer.up is None or self.to_down is None or self.to_up is None:
+            return
         # straight through the rounding, and nowhere beyond the ends of the grid
-        moved = (weight * cut).reshape(shape) * layer.grid.inside(layer.positions())
-        to_down, to_up = layer.up.detach().T @ moved, moved @ layer.down.detach().T
-        return to_x, to_scales, to_down, to_up, None
+        moved = (weight * cut).reshape(shape) * layer.grid.inside(layer.positions(rows))
+        self.to_down += layer.up.detach()[rows].T @ moved
+        self.to_up[rows] = moved @ layer.down.detach().T
+
+
+def _of_rows(scales: Tensor, rows: slice) -> Tensor:
+    """The scales of some rows of a weight, or the one that serves them all."""
+    return scales if len(scales) == 1 else scales[rows]
 
 
 def divergence_of(reference: Tensor, outputs: Tensor, mask: Tensor | None) -> Tensor:
