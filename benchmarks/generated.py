@@ -122,7 +122,8 @@ def make_model(directory: Path, size: Size, seed: int = 0) -> Path:
     for file in sorted(set(place.values())):
         here = [name for name in shapes if place[name] == file]
         entries = {
-            name: ("BF16", shapes[name], _writer(shapes[name], seed + at)) for at, name in enumerate(here)
+            name: ("BF16", shapes[name], _writer(shapes[name], seed + at))
+            for at, name in enumerate(here)
         }
         write_raw(directory / file, entries, {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(size.config))

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.generated import Size, make_merged, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,7 +150,9 @@ def main() -> None:
     case = Case(hidden=given.hidden, steps=given.steps)
     print(f"a layer {case.layer / MIB:.0f} MiB, activations {case.activations / MIB:.0f}, "
           f"head {case.head / MIB:.0f}: bound {case.bound / MIB:.0f} MiB\n")  # fmt: skip
-    print("| target | layers | model in float32, MiB | peak, MiB | of the bound |\n|---|---|---|---|---|")
+    print(
+        "| target | layers | model in float32, MiB | peak, MiB | of the bound |\n|---|---|---|---|---|"
+    )
     rows = []
     for layers in given.layers:
         with tempfile.TemporaryDirectory() as scratch:
@@ -159,7 +163,8 @@ def main() -> None:
                     for line, at in found["stages"]:
                         print(f"{at / MIB:8.1f}  {line[:100]}", file=sys.stderr)
                 whole = (layers * case.layer + 2 * case.head) / MIB
-                rows.append({"target": to, "layers": layers, "way": given.way, "bound": case.bound} | found)  # fmt: skip
+                row = {"target": to, "layers": layers, "way": given.way, "bound": case.bound}
+                rows.append(row | found)
                 print(f"| {to} | {layers} | {whole:.0f} | {found['peak'] / MIB:.0f} "
                       f"| {found['peak'] / case.bound:.0%} |", flush=True)  # fmt: skip
     output = Path(__file__).parent / "output"

@@ -1,10 +1,18 @@
 """llama.cpp itself runs what was written; compiled for long, so only where llama-cpp-python is installed."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from qlx.checkpoint import read_probe
 from qlx.packing import pack
+from qlx.packing.gguf import gguf_spec, write_gguf
+from qlx.packing.select import select_modules
+from qlx.packing.source import WholeWeights
+from qlx.training import save_adapter
+from qlx.weights import open_weights
 from tests.adapter_support import NONE, Case, make_adapter, make_base
 
 pytestmark = pytest.mark.exhaustive
@@ -14,10 +22,13 @@ CASES = [(kind, "F16") for kind in ("llama", "mistral", "qwen2", *TIED)]
 CASES += [("llama", to) for to in ("BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")]
 
 
-def outputs(path, probe):
-    """Logits of the probe's real tokens, row after row."""
+def outputs(path, probe, lora=None):
+    """Logits of the probe's real tokens, row after row; `lora` is an adapter's file."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python compiles for long")
-    model = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False, n_threads=1)
+    model = llama_cpp.Llama(
+        str(path), n_ctx=32, logits_all=True, verbose=False, n_threads=1,
+        lora_path=None if lora is None else str(lora),
+    )  # fmt: skip
     rows = []
     for ids, mask in zip(probe.inputs["input_ids"], probe.inputs["attention_mask"], strict=True):
         model.reset()
@@ -40,3 +51,57 @@ def test_outputs_agree(tmp_path, kind, to):
     ]
     assert far[0] < {"F16": 2e-3, "BF16": 1e-2}.get(to, 3e-2)
     assert far[1] > 10 * far[0]
+
+
+# --- Adapters beside their base
+
+
+def base_in_gguf(base, adapter, target):
+    """A base alone as a file of float16 (norms float32)."""
+    target.mkdir()
+    weights, spec = WholeWeights(open_weights(base), adapter.manifest, None), gguf_spec("F16", NONE)
+    selection = select_modules(weights, base, adapter.manifest, spec.group_size)
+    spec = spec.model_copy(update={"tensors": tuple(selection.tensors.values())})
+    write_gguf(target, weights, base, selection, spec, "base")
+    return target / "model.gguf"
+
+
+def with_alpha(file, target, alpha):
+    """The same adapter file with another alpha."""
+    gguf = pytest.importorskip("gguf")
+    shutil.copy(file, target)
+    field = gguf.GGUFReader(target, "r+").fields["adapter.lora.alpha"]
+    field.parts[field.data[0]][0] = alpha
+    return target
+
+
+RS = {"use_rslora": True}
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 24}}
+ADAPTERS = [(kind, {}) for kind in ("llama", "mistral", "qwen2", *TIED)]
+ADAPTERS += [(kind, RS) for kind in ("llama", "qwen3")] + [("llama", RS | PATTERNS)]
+
+
+@pytest.mark.parametrize(("kind", "options"), ADAPTERS)
+def test_an_adapter_beside_its_base_gives_what_peft_gives(tmp_path, kind, options):
+    """The probe's reference is PEFT's own model, unmerged, in float32; the base's file is in float16."""
+    base = make_base(tmp_path / "base", kind, tied=kind in TIED)
+    case = Case(kind, NONE, options={"rank": 4, "alpha": 6.0, **options})
+    adapter = make_adapter(base, tmp_path / "adapter", case)
+    done = save_adapter(adapter.path, tmp_path / "with", gguf=True)
+    file, probe = done.path / "adapter.gguf", read_probe(done.path)
+    whole = base_in_gguf(base, adapter, tmp_path / "gguf")
+
+    def far(wanted, lora=None):
+        wanted = wanted[probe.mask]
+        return np.linalg.norm(outputs(whole, probe, lora) - wanted) / np.linalg.norm(wanted)
+
+    assert far(probe.base) < 2e-3
+    found = far(probe.reference, file)
+    assert found < 2e-3
+    assert far(probe.reference) > 10 * found  # without the adapter
+    if options:
+        raw = json.loads((done.path / "adapter_config.json").read_text())["lora_alpha"]
+        plain = with_alpha(
+            file, tmp_path / "raw.gguf", raw
+        )  # as llama.cpp's own converter writes it
+        assert far(probe.reference, plain) > 10 * found

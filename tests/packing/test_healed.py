@@ -273,7 +273,8 @@ def test_calibration_reads_recipes_texts_images_and_the_probe(tmp_path, runs, re
         run = open_checkpoint(runs[kind][0])
         data = calibration_data(run, run.path, file, 0, 512)
         assert data.counts == counts
-        assert sum(len(batch[min(batch)]) for batch in data.rows) == counts[0]
+        assert data.mixed == (0 if file else 15 * counts[0])
+        assert sum(len(batch[min(batch)]) for batch in data.rows) == counts[0] + data.mixed
         assert (data.held_out_base is not None) == (file is None)
         again = calibration_data(run, run.path, file, 1, 512)
         assert data.digest == again.digest

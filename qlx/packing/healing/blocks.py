@@ -22,7 +22,6 @@ from qlx.models.trace import layer_stack
 from qlx.models.unfilled import fill, parameters_on_meta
 from qlx.packing.healing.paged import Pages, Resting, release
 from qlx.packing.source import Weights
-from qlx.weights import open_weights
 
 __all__ = ["Inputs", "LayeredModel", "Stop"]
 
@@ -81,7 +80,9 @@ class LayeredModel:
         fill(
             self.model,
             own,
-            lambda disk: self.pages.keep(f"layer.{files[disk]}", self._weights.value(disk, full=True)),
+            lambda disk: self.pages.keep(
+                f"layer.{files[disk]}", self._weights.value(disk, full=True)
+            ),
         )
         layer.requires_grad_(False)
         try:

@@ -88,7 +88,8 @@ def heal(
     task = checkpoint.manifest.task
     classes = int(getattr(model_config(companions, task), "vocab_size", None) or 1)
     data = calibration_data(checkpoint, companions, healing.calibration, healing.seed, classes)
-    tell(f"healing by {data.counts[0]} rows of {data.name}, {data.counts[1]} held out")
+    mixed = f" and {data.mixed} mixed of them" if data.mixed else ""
+    tell(f"healing by {data.counts[0]} rows of {data.name}{mixed}, {data.counts[1]} held out")
     model = LayeredModel(weights, companions, task, folder)
     schemes: dict[str, str] = {}
     if budget is not None:
@@ -124,6 +125,7 @@ def heal(
         "digest": data.digest,
         "rows": data.counts[0],
         "held_out_rows": data.counts[1],
+        **({"mixed_rows": data.mixed} if data.mixed else {}),
         **options,
         "kept": kept_stage,
         "held_out": {name: float(f"{v:.4g}") for name, v in compared.metrics().items()},

@@ -87,9 +87,7 @@ def compensate_stack(
     return Stream(work.placed, rows[: len(data.rows)], rows[len(data.rows) :])
 
 
-def _through(
-    model: LayeredModel, at: int, batches: Sequence[Inputs], states: list[Tensor]
-) -> None:
+def _through(model: LayeredModel, at: int, batches: Sequence[Inputs], states: list[Tensor]) -> None:
     """Replace the states before layer `at` by those behind it, batch by batch."""
     for number, batch in enumerate(batches):
         states[number] = model.leaving(at, batch, states[number])
