@@ -8,7 +8,8 @@ The models are merged ones of noise in bf16 (nothing here depends on values), wi
 calibration data are the rows of their probes. The bound is two layers in float32, the calibration data's activations
 (two states of every row, the outputs of the probe, and one batch through one layer and the head) and the head itself
 in float32. What is measured is the highest mark of resident memory in a process of its own above what it
-had when everything was imported, with malloc told to give back at once what is freed. The proof at the end is left
+had when everything was imported and a tiny model packed the same way (which touches the libraries' code), with malloc
+told to give back at once what is freed. The proof at the end is left
 out: it runs the packed model, whose codes it holds. The table goes to standard output, the
 figures to benchmarks/output/healing-memory.json.
 """
@@ -33,7 +34,7 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """What is freed goes back at once, so that marks show what was held and not what malloc kept."""
 
 CHILD = """
-import json, sys, torch
+import gc, json, sys, torch
 from pathlib import Path
 
 def mark(field):
@@ -45,11 +46,11 @@ import transformers.models.llama.modeling_llama
 from qlx.packing import Healing, pack
 from qlx.packing.healing import paged
 from qlx.verification.prove import sealed
-base, merged, output, to, way, steps, rank = sys.argv[1:]
-torch.linalg.cholesky(torch.eye(8))  # loads what it needs
-(torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()
+base, merged, tiny_base, tiny, output, to, way, steps, rank = sys.argv[1:]
 sys.modules["qlx.packing.pack"].prove = lambda staging, manifest, **given: sealed(staging, manifest)
 sys.modules["qlx.packing.healing.heal"]._require = lambda *given: None  # the probe is noise
+healing = Healing(steps=int(steps), rank=int(rank))
+pack(Path(tiny), Path(output + "-tiny"), to=to, base=tiny_base, min_retention=0, healing=healing)
 if way == "held":
     for module in list(sys.modules.values()):
         if getattr(module, "release", None) is paged.release:
@@ -57,9 +58,10 @@ if way == "held":
 stages = []
 def tell(line):
     stages.append((line, mark("VmHWM") - held))
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins again
 held = mark("VmRSS")
-pack(Path(merged), Path(output), to=to, base=base, min_retention=0, report=tell,
-     healing=Healing(steps=int(steps), rank=int(rank)))
+pack(Path(merged), Path(output), to=to, base=base, min_retention=0, report=tell, healing=healing)
 print(json.dumps({"peak": mark("VmHWM") - held, "stages": stages}))
 """
 
@@ -116,16 +118,22 @@ class Case:
         return 2 * self.layer + self.activations + self.head
 
 
+TINY = Case(hidden=256, rows=8, length=4, vocabulary=64)
+
+
 def models(root: Path, case: Case, layers: int) -> tuple[Path, Path]:
     """A base of so many layers and a merged checkpoint of it."""
-    size, place = case.size(layers), root / f"{layers}"
+    size, place = case.size(layers), root / f"{case.hidden}-{layers}"
     base = make_model(place / "base", size)
     rows = (case.rows, case.length)
     return base, make_merged(place / "merged", base, size, rows)
 
 
-def peak(made: tuple[Path, Path], output: Path, case: Case, to: str, way: str) -> dict[str, Any]:
-    """Bytes at the highest mark above imports, and the marks as each line of progress was told."""
+def peak(made: tuple[Path, ...], output: Path, case: Case, to: str, way: str) -> dict[str, Any]:
+    """Bytes at the highest mark above imports, and the marks as each line of progress was told.
+
+    `made` are the base and the merged checkpoint of the model and of a tiny one.
+    """
     arguments = [*made, output, to, way, case.steps, case.rank]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, arguments)],
@@ -156,7 +164,7 @@ def main() -> None:
     rows = []
     for layers in given.layers:
         with tempfile.TemporaryDirectory() as scratch:
-            made = models(Path(scratch), case, layers)
+            made = (*models(Path(scratch), case, layers), *models(Path(scratch), TINY, 1))
             for to in given.targets:
                 found = peak(made, Path(scratch, to), case, to, given.way)
                 if given.verbose:

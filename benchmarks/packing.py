@@ -8,10 +8,10 @@ Bits are those of codes and scales in the files, beside those of theory; bytes a
 without its probe. Retention is of the adapter's effect on the probe's outputs (1 - KL to the unmerged model /
 KL of the base), and of its weight change. A result below the default gate of 0.9 is measured all the same and
 marked. Speed is of one thread on one matrix of 2048 x 2048, the codec alone, qlx's beside those of bitsandbytes and
-the package gguf in the same run. With `--gptq-python` the language model is compensated (GPTQ, int4, groups of 64)
-by qlx and by GPTQModel with the same training rows, one thread each, and both are judged by the rows that the recipe
-holds out; seconds are those of the processor. The tables go to standard output, everything to
-benchmarks/output/packing.json.
+the package gguf in the same run. With `--gptq-python` or `--llmcompressor-python` the language model is compensated
+(GPTQ, int4, groups of 64) by qlx and by GPTQModel or llm-compressor with the same training rows, one thread each, and
+all are judged by the rows that the recipe holds out; seconds are those of the processor. The tables go to standard
+output, everything to benchmarks/output/packing.json.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from qlx.errors import CheckFailed, Unsupported
 from qlx.packing import GGUF_TYPES, TARGETS, WHOLE, Healing, pack
 from qlx.packing.healing.data import calibration_data
 from qlx.quant import fitted_ternary, quantize_tensor, stored_quantization
+from qlx.verification import Tally
 from qlx.weights import open_weights, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,29 +47,51 @@ GGUF_BITS = {"F16": 16, "BF16": 16, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5, "Q5_0":
              "TQ1_0": 1.6875, "TQ2_0": 2.0625}  # fmt: skip
 
 
-GPTQ = """
+BEFORE = """
 import json, sys, time
 import numpy as np, torch
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 model, file, output = sys.argv[1:]
 torch.set_num_threads(1)
 rows = np.load(file)
 real = [torch.from_numpy(ids[mask > 0]).long() for ids, mask in zip(rows["ids"], rows["mask"])]
+"""
+AFTER = """
+with torch.inference_mode():
+    made = {name: again(input_ids=torch.from_numpy(rows[name]), attention_mask=torch.from_numpy(
+        rows[name.replace("ids", "mask")])).logits.float().numpy() for name in rows if name.startswith("eval_ids")}
+np.savez(output, **made)
+print()
+print(json.dumps(seconds))
+"""
+PEERS = {
+    "GPTQModel": """
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in real]
 config = QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False, device="cpu")
 loaded = GPTQModel.load(model, config)
 start = time.process_time()
 loaded.quantize(data, batch_size=16, calibration_data_min_length=1)
 seconds = time.process_time() - start
-loaded.save(output)
-again = GPTQModel.load(output, backend=BACKEND.TORCH, device="cpu").model
-packed = [m for m in again.modules() if hasattr(m, "qweight")]
-with torch.inference_mode():
-    made = {name: again(input_ids=torch.from_numpy(rows[name]), attention_mask=torch.from_numpy(
-        rows[name.replace("ids", "mask")])).logits.float().numpy() for name in rows if name.startswith("eval_ids")}
-np.savez(output + "/logits.npz", **made)
-print(json.dumps({"seconds": seconds, "weights": sum(m.in_features * m.out_features for m in packed)}))
-"""
+loaded.save(output + "-model")
+again = GPTQModel.load(output + "-model", backend=BACKEND.TORCH, device="cpu").model
+""",
+    "llm-compressor": """
+import transformers
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+again = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+data = Dataset.from_dict({"input_ids": [r.tolist() for r in real], "attention_mask": [[1] * len(r) for r in real]})
+weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64)
+scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+recipe = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"])
+start = time.process_time()
+oneshot(model=again, dataset=data, recipe=recipe, num_calibration_samples=len(real), max_seq_length=512)
+seconds = time.process_time() - start
+""",
+}
+"""What the peers do, each in a Python of its own, with `model` and the rows of `file`: GPTQ to int4 in groups of 64."""
 
 
 def cases(kind: str) -> list[dict[str, Any]]:
@@ -198,15 +221,14 @@ def speeds() -> dict[str, float]:
     return found
 
 
-def compensation(models: Path, peer: Path) -> list[dict[str, Any]]:
-    """GPTQ of the language model by qlx and by GPTQModel: weights a second, and how far they are."""
+def compensation(models: Path, peers: dict[str, Path]) -> list[dict[str, Any]]:
+    """GPTQ of the language model by qlx and by others: weights a second, and how far they are."""
     from benchmarks.healing import Judge
-    from qlx.verification import Tally
 
     root = models / "language"
-    judge = Judge(root / "merged", root / "python-qlora", root / "python-base")
-    checkpoint, found = open_checkpoint(root / "merged"), []
+    judge, found = Judge(root / "merged", root / "python-qlora", root / "python-base"), []
     with tempfile.TemporaryDirectory() as scratch:
+        weights = 0
         for way, healing in [("rounded, qlx", None), ("GPTQ, qlx", Healing(RECIPE, steps=0))]:
             marks: list[tuple[str, float]] = []
             target = Path(scratch, way)
@@ -220,38 +242,48 @@ def compensation(models: Path, peer: Path) -> list[dict[str, Any]]:
             weights = sum(tensor.numel() for tensor in tensors.values())
             speed = None if first is None else weights / (last - first) / 1e6
             found.append({"way": way, "speed": speed} | judge.compare(target))
-        data = calibration_data(checkpoint, root / "merged", RECIPE, 0, _vocabulary(root))
-        rows, output = Path(scratch, "rows.npz"), Path(scratch, "gptq")
-        given = {f"eval_ids{at}": b.inputs["input_ids"] for at, b in enumerate(judge.batches)}
-        given |= {
-            f"eval_mask{at}": b.inputs["attention_mask"] for at, b in enumerate(judge.batches)
-        }
-        np.savez(rows, **_joined(data.rows), **given)
-        done = subprocess.run(
-            [peer, "-c", GPTQ, root / "merged", rows, output], capture_output=True, text=True, check=False,
-            env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
-        spent, logits, tally = (
-            json.loads(done.stdout.splitlines()[-1]),
-            np.load(output / "logits.npz"),
-            Tally(),
-        )
-        for at, (batch, wanted, off) in enumerate(
-            zip(judge.batches, judge.wanted, judge.off, strict=True)
-        ):
-            tally.add(
-                wanted, logits[f"eval_ids{at}"], batch.inputs["attention_mask"].astype(bool), off
-            )
-        speed = spent["weights"] / spent["seconds"] / 1e6
-        found.append({"way": "GPTQ, GPTQModel", "speed": speed} | tally.comparison().metrics())
+        for name, python in peers.items():
+            seconds, logits = _by_peer(name, python, root / "merged", judge, Path(scratch))
+            speed = weights / seconds / 1e6
+            found.append({"way": f"GPTQ, {name}", "speed": speed} | _judged(judge, logits))
     return found
 
 
-def _vocabulary(root: Path) -> int:
+def _by_peer(
+    name: str, python: Path, merged: Path, judge: Any, scratch: Path
+) -> tuple[float, list[Any]]:
+    """Seconds that a peer takes for GPTQ, and its logits for the judge's batches."""
+    rows, output = scratch / "rows.npz", scratch / f"{name}.npz"
+    data = calibration_data(open_checkpoint(merged), merged, RECIPE, 0, _vocabulary(merged))
+    given = {f"eval_ids{at}": batch.inputs["input_ids"] for at, batch in enumerate(judge.batches)}
+    for at, batch in enumerate(judge.batches):
+        given[f"eval_mask{at}"] = batch.inputs["attention_mask"]
+    np.savez(rows, **_joined(data.rows), **given)
+    done = subprocess.run(
+        [python, "-c", BEFORE + PEERS[name] + AFTER, merged, rows, output],
+        capture_output=True, text=True, check=False, cwd=scratch,
+        env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    made = np.load(output)
+    logits = [made[f"eval_ids{at}"] for at in range(len(judge.batches))]
+    return float(done.stdout.splitlines()[-1]), logits
+
+
+def _judged(judge: Any, logits: list[Any]) -> dict[str, float]:
+    """Distances of a peer's outputs, as `Judge.compare` has them of a checkpoint."""
+    tally = Tally()
+    for batch, wanted, given, off in zip(
+        judge.batches, judge.wanted, logits, judge.off, strict=True
+    ):
+        tally.add(wanted, given, batch.inputs["attention_mask"].astype(bool), off)
+    return tally.comparison().metrics()
+
+
+def _vocabulary(merged: Path) -> int:
     """The size of the vocabulary."""
-    return int(json.loads((root / "merged" / "config.json").read_text())["vocab_size"])
+    return int(json.loads((merged / "config.json").read_text())["vocab_size"])
 
 
 def _joined(batches: Any) -> dict[str, Any]:
@@ -295,8 +327,9 @@ def main() -> None:
         print("\nspeed\n\n| codec | million weights a second |\n|---|---|")
         for name, speed in found["speed"][0].items():
             print(f"| {name} | {speed:.0f} |")
-    if arguments.gptq_python is not None:
-        found["compensation"] = compensation(models, arguments.gptq_python)
+    peers = {"GPTQModel": arguments.gptq_python, "llm-compressor": arguments.llmcompressor_python}
+    if peers := {name: python for name, python in peers.items() if python is not None}:
+        found["compensation"] = compensation(models, peers)
         print(
             "\nint4\n\n| way | million weights a second | KL | top-1 | retention |\n|---|---|---|---|---|"
         )

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,10 @@ from qlx.packing.select import select_modules
 from qlx.packing.source import WholeWeights
 from qlx.training import save_adapter
 from qlx.weights import open_weights
-from tests.adapter_support import NONE, Case, make_adapter, make_base
+from tests import adapter_support
+from tests.adapter_support import NONE, Case, flip_rows, make_adapter, make_base
+from tests.isolation import run_without
+from tests.packing.conftest import TERNARY, wide_llama
 
 pytestmark = pytest.mark.exhaustive
 
@@ -22,19 +28,34 @@ CASES = [(kind, "F16") for kind in ("llama", "mistral", "qwen2", *TIED)]
 CASES += [("llama", to) for to in ("BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")]
 
 
+CODE = """
+import llama_cpp, numpy
+model, rows, target, *lora = argv
+given = numpy.load(rows)
+model = llama_cpp.Llama(
+    model, n_ctx=32, logits_all=True, verbose=False, n_threads=1, lora_path=lora[0] if lora else None
+)
+found = []
+for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True):
+    model.reset()
+    model.eval(ids[mask.astype(bool)].tolist())
+    found.append(numpy.array(model.scores[: int(mask.sum())]))
+numpy.save(target, numpy.concatenate(found))
+result = sum(map(len, found))
+"""
+
+
 def outputs(path, probe, lora=None):
-    """Logits of the probe's real tokens, row after row; `lora` is an adapter's file."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python compiles for long")
-    model = llama_cpp.Llama(
-        str(path), n_ctx=32, logits_all=True, verbose=False, n_threads=1,
-        lora_path=None if lora is None else str(lora),
-    )  # fmt: skip
-    rows = []
-    for ids, mask in zip(probe.inputs["input_ids"], probe.inputs["attention_mask"], strict=True):
-        model.reset()
-        model.eval(ids[mask.astype(bool)].tolist())
-        rows.append(np.array(model.scores[: int(mask.sum())]))
-    return np.concatenate(rows)
+    """Logits of the probe's real tokens, row after row, by llama.cpp alone; `lora` is an adapter's file."""
+    if find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python compiles for long")
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, target = Path(scratch, "rows.npz"), Path(scratch, "logits.npy")
+        np.savez(rows, **probe.inputs)
+        more = () if lora is None else (lora,)
+        count = run_without(("qlx", "torch", "transformers"), CODE, path, rows, target, *more)
+        assert count == probe.mask.sum()
+        return np.load(target)
 
 
 @pytest.mark.parametrize(("kind", "to"), CASES)
@@ -50,6 +71,22 @@ def test_outputs_agree(tmp_path, kind, to):
         for wanted in (probe.own, probe.base)
     ]
     assert far[0] < {"F16": 2e-3, "BF16": 1e-2}.get(to, 3e-2)
+    assert far[1] > 10 * far[0]
+
+
+@pytest.mark.parametrize("to", ["TQ1_0", "TQ2_0"])
+def test_ternary_types_agree(tmp_path, monkeypatch, to):
+    monkeypatch.setattr(adapter_support, "draw", flip_rows)
+    base = wide_llama(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", Case("llama", TERNARY))
+    made = pack(adapter.path, tmp_path / "p", to="gguf", gguf_type=to, base=base)
+    probe = read_probe(made.path)
+    given = outputs(made.path / "model.gguf", probe)
+    far = [
+        np.linalg.norm(given - wanted[probe.mask]) / np.linalg.norm(wanted[probe.mask])
+        for wanted in (probe.own, probe.base)
+    ]
+    assert far[0] < 3e-2
     assert far[1] > 10 * far[0]
 
 

@@ -74,7 +74,7 @@ def compensated(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Placed:
     scales = _first_scales(weight, importance, spec, grid)  # before the factor needs its room
     factor, left = _inverse_factor(hessian), weight.clone()
     release([hessian, weight])
-    chosen, positions = torch.empty_like(left), torch.empty_like(left)
+    fractions = torch.empty_like(left, dtype=torch.int8)
     rows, columns = weight.shape
     runs = scales.shape[1] if scales.shape[1] > 1 else -(-columns // _RUN)
     width = columns // scales.shape[1] if scales.shape[1] > 1 else _RUN
@@ -84,38 +84,32 @@ def compensated(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Placed:
         if at and scales.shape[1] > 1 and spec.scheme not in FOUR_BIT:
             scales[:, group] = _searched(left[:, run], importance[run], grid, spec)
         scale = scales[:, group].float().expand(rows)
-        errors = _run(left, chosen, positions, run, scale, factor, grid)
+        errors, apart = _run(left, run, scale, factor, grid)
         left[:, run.stop :].addmm_(errors, factor[run, run.stop :], alpha=-1)
-    del factor, left
-    fractions = _fractions(positions, chosen)
+        fractions[:, run] = apart.clamp_(-0.5, 0.5).mul_(FRACTION).round_()
+    del factor
     packed = unfilled(weight, spec, None if spec.scheme in FOUR_BIT else scales)
-    return Placed(with_parts(packed, chosen), fractions)
-
-
-def _fractions(positions: Tensor, chosen: Tensor) -> Tensor:
-    """Those of `Placed`; overwrites `positions`."""
-    apart = positions.sub_(chosen).clamp_(-0.5, 0.5)
-    return apart.mul_(FRACTION).round_().to(torch.int8)
+    release([weight])
+    return Placed(with_parts(packed, left), fractions)
 
 
 def _run(
-    left: Tensor,
-    chosen: Tensor,
-    positions: Tensor,
-    run: slice,
-    scale: Tensor,
-    factor: Tensor,
-    grid: Grid,
-) -> Tensor:
-    """Round the columns of one run in place; their weighted errors [out, columns], for the rest."""
-    inverse, errors = _inverse(scale), torch.empty_like(left[:, run])
+    left: Tensor, run: slice, scale: Tensor, factor: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of one run, whose levels take their places in `left`.
+
+    Returns:
+        Their weighted errors, for the rest, and how far each value lay from its level; [out, columns].
+    """
+    inverse = _inverse(scale)
+    errors, apart = torch.empty_like(left[:, run]), torch.empty_like(left[:, run])
     for at, column in enumerate(range(run.start, run.stop)):
-        positions[:, column] = position = left[:, column] * inverse
-        chosen[:, column] = level = grid.rounded(position)
+        position = left[:, column] * inverse
+        level = grid.rounded(position)
         error = (left[:, column] - level * scale) / factor[column, column]
         left[:, column : run.stop] -= error[:, None] * factor[column, column : run.stop]
-        errors[:, at] = error
-    return errors
+        errors[:, at], apart[:, at], left[:, column] = error, position - level, level
+    return errors, apart
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:

@@ -116,10 +116,7 @@ def heal(
     compared = _compared(model, stream.held_out, data)
     tell(f"healed by {kept_stage}: KL {compared.kl_mean:.4g} on the rows held out")
     _require(compared, min_retention)
-    packed = {
-        selection.tensors[name]: model.pages.keep_packed(f"{name}.healed", layer.packed())
-        for name, layer in layers.items()
-    }
+    packed = _packed(model, layers, selection)
     record = {
         "calibration": data.name,
         "digest": data.digest,
@@ -152,6 +149,17 @@ def _assembled(
         layers[name] = PackedLayer(placed, bias, activation_bits, name, model.pages)
         model.model.set_submodule(name, layers[name])
     return layers
+
+
+def _packed(
+    model: LayeredModel, layers: Mapping[str, PackedLayer], selection: Selection
+) -> dict[str, PackedTensor]:
+    """The weights as they are to be stored, by tensor name, in files."""
+    packed = {}
+    for name, layer in layers.items():
+        packed[selection.tensors[name]] = model.pages.keep_packed(f"{name}.healed", layer.packed())
+        model.pages.rest()
+    return packed
 
 
 def _compared(model: LayeredModel, held_out: Sequence[Rows], data: Calibration) -> Comparison:

@@ -73,6 +73,10 @@ class Pages:
         made: _Packed = replace(packed, **kept)  # type: ignore[type-var]
         return made
 
+    def rest(self) -> None:
+        """Let all of them leave memory."""
+        release(self._known.values())
+
     def _mapped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A new file of zeros with its room on the disk taken, so that writing to it cannot fail later."""
         self.folder.mkdir(parents=True, exist_ok=True)

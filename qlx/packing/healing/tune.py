@@ -31,7 +31,7 @@ _SCALE_RATE = 2e-2  # of the logarithms
 _CORRECTION_RATE = 0.05  # by the number of levels: finer grids lie closer to what is wanted
 _WARM_UP, _LAST_RATE = 15, 0.03  # steps, and the share of the rate that is left at the end
 _CHECKS = 10  # looks at the held-out rows in one stage
-_AT_ONCE = 2**19  # values of a weight that are made at once
+_PARTS = 8  # that a weight is cut into when its values are made
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ class PackedLayer(Resting):
 
     def blocks(self) -> Iterator[slice]:
         """The weight's rows in parts whose values are made at once, so that nothing of its size is."""
-        rows, columns = self.placed.packed.shape
-        unit = value_unit(self.placed.packed)
-        size = max(unit, _AT_ONCE // columns // unit * unit)
+        rows, unit = self.placed.packed.shape[0], value_unit(self.placed.packed)
+        size = -(-rows // (_PARTS * unit)) * unit
         return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
     def levels(self, rows: slice) -> Tensor:
@@ -141,6 +140,7 @@ class PackedLayer(Resting):
             part: None if item is None else self.pages.keep(f"{self.name}.{part}.{when}", item)
             for part, item in parts.items()
         }
+        release(item for item in parts.values() if item is not None)
 
     def recall(self, when: str) -> None:
         """Have again what `remember` kept."""
