@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,12 +221,12 @@ def speeds() -> dict[str, float]:
     return found
 
 
-def compensation(models: Path, peers: dict[str, Path]) -> list[dict[str, Any]]:
+def compensation(models: Path, peers: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """GPTQ of the language model by qlx and by others: weights a second, and how far they are."""
     from benchmarks.healing import Judge
 
     root = models / "language"
-    judge, found = Judge(root / "merged", root / "python-qlora", root / "python-base"), []
+    judge = Judge(root / "merged", root / "python-qlora", root / "python-base")
     with tempfile.TemporaryDirectory() as scratch:
         weights = 0
         for way, healing in [("rounded, qlx", None), ("GPTQ, qlx", Healing(RECIPE, steps=0))]:
@@ -241,12 +241,11 @@ def compensation(models: Path, peers: dict[str, Path]) -> list[dict[str, Any]]:
             tensors = read_tensors(root / "merged", made.manifest.quantization.tensors)
             weights = sum(tensor.numel() for tensor in tensors.values())
             speed = None if first is None else weights / (last - first) / 1e6
-            found.append({"way": way, "speed": speed} | judge.compare(target))
+            yield {"way": way, "speed": speed} | judge.compare(target)
         for name, python in peers.items():
             seconds, logits = _by_peer(name, python, root / "merged", judge, Path(scratch))
             speed = weights / seconds / 1e6
-            found.append({"way": f"GPTQ, {name}", "speed": speed} | _judged(judge, logits))
-    return found
+            yield {"way": f"GPTQ, {name}", "speed": speed} | _judged(judge, logits)
 
 
 def _by_peer(
@@ -329,14 +328,15 @@ def main() -> None:
             print(f"| {name} | {speed:.0f} |")
     peers = {"GPTQModel": arguments.gptq_python, "llm-compressor": arguments.llmcompressor_python}
     if peers := {name: python for name, python in peers.items() if python is not None}:
-        found["compensation"] = compensation(models, peers)
+        found["compensation"] = []
         print(
             "\nint4\n\n| way | million weights a second | KL | top-1 | retention |\n|---|---|---|---|---|"
         )
-        for row in found["compensation"]:
+        for row in compensation(models, peers):
+            found["compensation"].append(row)
             speed = "" if row["speed"] is None else f"{row['speed']:.2f}"
             kept = f"{row['top1']:.1%} | {row['retention']:.1%}"
-            print(f"| {row['way']} | {speed} | {row['kl_mean']:.2g} | {kept} |")
+            print(f"| {row['way']} | {speed} | {row['kl_mean']:.2g} | {kept} |", flush=True)
     output = Path(__file__).parent / "output"
     output.mkdir(exist_ok=True)
     (output / "packing.json").write_text(json.dumps(found, indent=1) + "\n")
