@@ -31,6 +31,14 @@ CASES += [("llama", to) for to in ("BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1
 CODE = """
 import llama_cpp, numpy
 model, rows, target, *lora = argv
+
+plain = llama_cpp.llama_cpp.llama_model_default_params
+def without_repacking():
+    given = plain()
+    given.use_extra_bufts = False  # its AMX kernels crash on some machines (llama.cpp issue 20824)
+    return given
+llama_cpp.llama_cpp.llama_model_default_params = without_repacking
+
 given = numpy.load(rows)
 model = llama_cpp.Llama(
     model, n_ctx=32, logits_all=True, verbose=False, n_threads=1, lora_path=lora[0] if lora else None
