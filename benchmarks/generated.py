@@ -111,8 +111,8 @@ def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return block.repeat(-(-count // len(block)))[:count].reshape(shape)
 
 
-def make_model(directory: Path, size: Size) -> Path:
-    """A base in bf16, cut into shards."""
+def make_model(directory: Path, size: Size, seed: int = 0) -> Path:
+    """A base in bf16, cut into shards; `seed` makes another one of the same shape."""
     directory.mkdir(parents=True)
     shapes = size.shapes()
     place: dict[str, str] = {}
@@ -122,7 +122,8 @@ def make_model(directory: Path, size: Size) -> Path:
     for file in sorted(set(place.values())):
         here = [name for name in shapes if place[name] == file]
         entries = {
-            name: ("BF16", shapes[name], _writer(shapes[name], at)) for at, name in enumerate(here)
+            name: ("BF16", shapes[name], _writer(shapes[name], seed + at))
+            for at, name in enumerate(here)
         }
         write_raw(directory / file, entries, {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(size.config))
@@ -141,8 +142,9 @@ def make_adapter(
     size: Size,
     leaves: Iterable[str] = ATTENTION,
     quant: QuantSpec | None = None,
+    rows: tuple[int, int] = (2, 8),
 ) -> Path:
-    """A PEFT adapter on `base`, with the manifest of one that qlx trained (its probe is noise)."""
+    """A PEFT adapter on `base`, with the manifest of one that qlx trained and a probe of noise (`_add_probe`)."""
     directory.mkdir(parents=True)
     modules = size.modules(leaves)
     generator = torch.Generator().manual_seed(1)
@@ -158,19 +160,35 @@ def make_adapter(
               "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(config))
     (directory / "config.json").write_text(json.dumps(size.config))
-    random = np.random.default_rng(0)
-    ids = random.integers(3, size.vocabulary, (2, 8))
-    mask = np.ones_like(ids)
-    mask[0, 6:] = 0
-    noise = random.standard_normal((2, 8, size.vocabulary)).astype(np.float32)
-    inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    write_probe(
-        directory / "probe.safetensors", Probe("causal-lm", inputs, noise, base=noise[::-1].copy())
-    )
+    _add_probe(directory, size, rows)
     seal(
         directory, _manifest(base, modules, quant or QuantSpec(extras={"stored_dtype": "float32"}))
     )
     return directory
+
+
+def make_merged(directory: Path, base: Path, size: Size, rows: tuple[int, int]) -> Path:
+    """A merged checkpoint of `base` in which every projection has other values, with a probe of noise."""
+    make_model(directory, size, seed=len(size.shapes()))
+    _add_probe(directory, size, rows)
+    stored = QuantSpec(extras={"stored_dtype": "float32"})
+    manifest = _manifest(base, size.modules(LINEAR), stored)
+    step = next_step("merge", parents=("sha256:" + "0" * 64,), options={"onto": "original"})
+    seal(directory, manifest.with_step(step, kind="merged"))
+    return directory
+
+
+def _add_probe(directory: Path, size: Size, rows: tuple[int, int]) -> None:
+    """A probe of noise: `rows` of so many positions, the last two of the first row padding."""
+    random = np.random.default_rng(0)
+    ids = random.integers(3, size.vocabulary, rows)
+    mask = np.ones_like(ids)
+    mask[0, -2:] = 0
+    noise = random.standard_normal((*rows, size.vocabulary)).astype(np.float32)
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    write_probe(
+        directory / "probe.safetensors", Probe("causal-lm", inputs, noise, base=noise[::-1].copy())
+    )
 
 
 def nf4_spec(base: Path, size: Size) -> QuantSpec:

@@ -1,12 +1,12 @@
 """Healing beside re-rounding and compensation alone, on the quickstart's two models, in one table.
 
-    make quickstart && python benchmarks/healing.py        # about 40 minutes on one core
+    make quickstart && python benchmarks/healing.py        # about half an hour on one core
     python benchmarks/healing.py --models DIR --only language --targets int4 ternary
 
 Adapters were trained the ordinary way, on NF4. Distances are from the unmerged model (as it was trained) on rows
 that the recipe holds out: KL per position, top-1, and retention, 1 - KL / KL of the base. Healing sees the recipe's
-training rows (512 of them, a quarter held out of those); `probe` is healing by the few rows of the probe instead. The
-adapter kept separate and stored in 8 bits stands beside them. The table goes to standard output, everything to
+training rows (512 of them, a quarter held out of those); `by the probe` is healing by the few rows of the probe and
+what is mixed of them instead, `unmixed` by those rows alone. The table goes to standard output, everything to
 benchmarks/output/healing-language.json and healing-vision.json.
 """
 
@@ -24,6 +24,7 @@ from qlx.checkpoint import open_checkpoint, resolve_source
 from qlx.inputs import Batch, eval_batches
 from qlx.models import forward_logits, load_model
 from qlx.packing import Healing, pack
+from qlx.packing.healing import data
 from qlx.quant import stored_quantization
 from qlx.verification import Tally, recorded_data
 from qlx.weights import open_weights, read_tensors
@@ -33,19 +34,21 @@ MODELS = {
     "language": ("python-base", "recipes/python-qlora.yaml"),
     "vision": ("digits-base", "recipes/digits-qlora.yaml"),
 }
-MORE = "+ more bits"
+MORE, UNMIXED = "+ more bits", "by the probe, unmixed"
 TARGETS = ("int8", "int4", "nf4", "ternary")
+MIXES = data._MIXES
 GATES = {"int4": (0.008, 0.95, 0.99), "ternary": (0.09, 0.0, 0.92)}  # KL, top-1, retention
 
 
-def ways(data: Path) -> dict[str, Healing | None]:
+def ways(rows: Path) -> dict[str, Healing | None]:
     """The ways to round, by name, in the order of the table."""
     return {
         "re-rounded": None,
-        "GPTQ": Healing(data, steps=0),
-        "+ scales": Healing(data, rank=0),
-        "+ correction": Healing(data),
+        "GPTQ": Healing(rows, steps=0),
+        "+ scales": Healing(rows, rank=0),
+        "+ correction": Healing(rows),
         "by the probe": Healing(),
+        UNMIXED: Healing(),
     }
 
 
@@ -94,6 +97,7 @@ def measured(
     """One pack, as a row of the table."""
     target, start = scratch / f"{to}-{way}", time.perf_counter()
     gate = 0.9 if way == MORE else 0.0  # that of the layers which get more bits
+    data._MIXES = 0 if way == UNMIXED else MIXES
     made = pack(source, target, to=to, base=judge.base, min_retention=gate, healing=healing)
     seconds = time.perf_counter() - start
     record = made.manifest.lineage[-1].options.get("healing", {})

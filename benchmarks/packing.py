@@ -2,36 +2,96 @@
 
     make quickstart && python benchmarks/packing.py        # about a minute
     python benchmarks/packing.py --models DIR              # where the quickstart's output lies
+    python benchmarks/packing.py --only speed --gptq-python PEER/bin/python      # beside GPTQModel, in its own venv
 
 Bits are those of codes and scales in the files, beside those of theory; bytes are of the whole directory
 without its probe. Retention is of the adapter's effect on the probe's outputs (1 - KL to the unmerged model /
 KL of the base), and of its weight change. A result below the default gate of 0.9 is measured all the same and
 marked. Speed is of one thread on one matrix of 2048 x 2048, the codec alone, qlx's beside those of bitsandbytes and
-the package gguf in the same run. The tables go to standard output, everything to benchmarks/output/packing.json.
+the package gguf in the same run. With `--gptq-python` or `--llmcompressor-python` the language model is compensated
+(GPTQ, int4, groups of 64) by qlx and by GPTQModel or llm-compressor with the same training rows, one thread each, and
+all are judged by the rows that the recipe holds out; seconds are those of the processor. The tables go to standard
+output, everything to benchmarks/output/packing.json.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from qlx.checkpoint import Checkpoint, QuantSpec
+from qlx.checkpoint import Checkpoint, QuantSpec, open_checkpoint
 from qlx.errors import CheckFailed, Unsupported
-from qlx.packing import GGUF_TYPES, TARGETS, WHOLE, pack
+from qlx.packing import GGUF_TYPES, TARGETS, WHOLE, Healing, pack
+from qlx.packing.healing.data import calibration_data
 from qlx.quant import fitted_ternary, quantize_tensor, stored_quantization
+from qlx.verification import Tally
 from qlx.weights import open_weights, read_tensors
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 MODELS = {"vision": "digits-base", "language": "python-base"}
+RECIPE = ROOT / "recipes/python-qlora.yaml"
 GATE = 0.9
 SCALE = 32  # bits, as these models are in float32
 GGUF_BITS = {"F16": 16, "BF16": 16, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6,
              "TQ1_0": 1.6875, "TQ2_0": 2.0625}  # fmt: skip
+
+
+BEFORE = """
+import json, sys, time
+import numpy as np, torch
+model, file, output = sys.argv[1:]
+torch.set_num_threads(1)
+rows = np.load(file)
+real = [torch.from_numpy(ids[mask > 0]).long() for ids, mask in zip(rows["ids"], rows["mask"])]
+"""
+AFTER = """
+with torch.inference_mode():
+    made = {name: again(input_ids=torch.from_numpy(rows[name]), attention_mask=torch.from_numpy(
+        rows[name.replace("ids", "mask")])).logits.float().numpy() for name in rows if name.startswith("eval_ids")}
+np.savez(output, **made)
+print()
+print(json.dumps(seconds))
+"""
+PEERS = {
+    "GPTQModel": """
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in real]
+config = QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False, device="cpu")
+loaded = GPTQModel.load(model, config)
+start = time.process_time()
+loaded.quantize(data, batch_size=16, calibration_data_min_length=1)
+seconds = time.process_time() - start
+loaded.save(output + "-model")
+again = GPTQModel.load(output + "-model", backend=BACKEND.TORCH, device="cpu").model
+""",
+    "llm-compressor": """
+import transformers
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+again = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+data = Dataset.from_dict({"input_ids": [r.tolist() for r in real], "attention_mask": [[1] * len(r) for r in real]})
+weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=64)
+scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+recipe = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"])
+start = time.process_time()
+oneshot(model=again, dataset=data, recipe=recipe, num_calibration_samples=len(real), max_seq_length=512)
+seconds = time.process_time() - start
+""",
+}
+"""What the peers do, each in a Python of its own, with `model` and the rows of `file`: GPTQ to int4 in groups of 64."""
 
 
 def cases(kind: str) -> list[dict[str, Any]]:
@@ -161,15 +221,97 @@ def speeds() -> dict[str, float]:
     return found
 
 
+def compensation(models: Path, peers: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """GPTQ of the language model by qlx and by others: weights a second, and how far they are."""
+    from benchmarks.healing import Judge
+
+    root = models / "language"
+    judge = Judge(root / "merged", root / "python-qlora", root / "python-base")
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = 0
+        for way, healing in [("rounded, qlx", None), ("GPTQ, qlx", Healing(RECIPE, steps=0))]:
+            marks: list[tuple[str, float]] = []
+            target = Path(scratch, way)
+            made = pack(
+                root / "merged", target, to="int4", base=root / "python-base", healing=healing, min_retention=0,
+                report=lambda line, marks=marks: marks.append((line, time.process_time())),
+            )  # fmt: skip
+            first = next((at for line, at in marks if line.startswith("healing by")), None)
+            last = next((at for line, at in reversed(marks) if line.startswith("compensated")), 0.0)
+            tensors = read_tensors(root / "merged", made.manifest.quantization.tensors)
+            weights = sum(tensor.numel() for tensor in tensors.values())
+            speed = None if first is None else weights / (last - first) / 1e6
+            yield {"way": way, "speed": speed} | judge.compare(target)
+        for name, python in peers.items():
+            seconds, logits = _by_peer(name, python, root / "merged", judge, Path(scratch))
+            speed = weights / seconds / 1e6
+            yield {"way": f"GPTQ, {name}", "speed": speed} | _judged(judge, logits)
+
+
+def _by_peer(
+    name: str, python: Path, merged: Path, judge: Any, scratch: Path
+) -> tuple[float, list[Any]]:
+    """Seconds that a peer takes for GPTQ, and its logits for the judge's batches."""
+    rows, output = scratch / "rows.npz", scratch / f"{name}.npz"
+    data = calibration_data(open_checkpoint(merged), merged, RECIPE, 0, _vocabulary(merged))
+    given = {f"eval_ids{at}": batch.inputs["input_ids"] for at, batch in enumerate(judge.batches)}
+    for at, batch in enumerate(judge.batches):
+        given[f"eval_mask{at}"] = batch.inputs["attention_mask"]
+    np.savez(rows, **_joined(data.rows), **given)
+    done = subprocess.run(
+        [python, "-c", BEFORE + PEERS[name] + AFTER, merged, rows, output],
+        capture_output=True, text=True, check=False, cwd=scratch,
+        env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    made = np.load(output)
+    logits = [made[f"eval_ids{at}"] for at in range(len(judge.batches))]
+    return float(done.stdout.splitlines()[-1]), logits
+
+
+def _judged(judge: Any, logits: list[Any]) -> dict[str, float]:
+    """Distances of a peer's outputs, as `Judge.compare` has them of a checkpoint."""
+    tally = Tally()
+    for batch, wanted, given, off in zip(
+        judge.batches, judge.wanted, logits, judge.off, strict=True
+    ):
+        tally.add(wanted, given, batch.inputs["attention_mask"].astype(bool), off)
+    return tally.comparison().metrics()
+
+
+def _vocabulary(merged: Path) -> int:
+    """The size of the vocabulary."""
+    return int(json.loads((merged / "config.json").read_text())["vocab_size"])
+
+
+def _joined(batches: Any) -> dict[str, Any]:
+    """Batches of texts as one array each of ids and mask, padded behind."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def one(name: str) -> Any:
+        parts = [batch[name].numpy() for batch in batches]
+        return np.concatenate([np.pad(p, ((0, 0), (0, longest - p.shape[1]))) for p in parts])
+
+    return {"ids": one("input_ids"), "mask": one("attention_mask")}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
     parser.add_argument("--models", type=Path, default=Path("quickstart-output"))
-    models = parser.parse_args().models
+    parser.add_argument(
+        "--only", choices=["targets", "speed"], help="one part of it (default: both)"
+    )
+    parser.add_argument(
+        "--gptq-python", type=Path, help="a Python with GPTQModel, to be measured beside"
+    )
+    arguments = parser.parse_args()
+    models = arguments.models
     if not models.is_dir():
         parser.exit(0, f"{models}: not there; run `make quickstart` first, or give --models\n")
-    found = {}
-    for kind, base in MODELS.items():
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind, base in MODELS.items() if arguments.only != "speed" else ():
         print(f"\n{kind}\n\n| target | bits | theory | MB | retention | of weights | KL | top-1 |")
         print("|---|---|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory() as scratch:
@@ -179,10 +321,22 @@ def main() -> None:
                 row = measured(merged, models / kind / base, target, options)
                 found[kind].append(row)
                 print(line(row), flush=True)
-    found["speed"] = [speeds()]
-    print("\nspeed\n\n| codec | million weights a second |\n|---|---|")
-    for name, speed in found["speed"][0].items():
-        print(f"| {name} | {speed:.0f} |")
+    if arguments.only != "targets":
+        found["speed"] = [speeds()]
+        print("\nspeed\n\n| codec | million weights a second |\n|---|---|")
+        for name, speed in found["speed"][0].items():
+            print(f"| {name} | {speed:.0f} |")
+    peers = {"GPTQModel": arguments.gptq_python, "llm-compressor": arguments.llmcompressor_python}
+    if peers := {name: python for name, python in peers.items() if python is not None}:
+        found["compensation"] = []
+        print(
+            "\nint4\n\n| way | million weights a second | KL | top-1 | retention |\n|---|---|---|---|---|"
+        )
+        for row in compensation(models, peers):
+            found["compensation"].append(row)
+            speed = "" if row["speed"] is None else f"{row['speed']:.2f}"
+            kept = f"{row['top1']:.1%} | {row['retention']:.1%}"
+            print(f"| {row['way']} | {speed} | {row['kl_mean']:.2g} | {kept} |", flush=True)
     output = Path(__file__).parent / "output"
     output.mkdir(exist_ok=True)
     (output / "packing.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -15,6 +15,8 @@ from qlx.merging.values import inner_product
 
 __all__ = ["LayerRetention", "layer_retention", "overall"]
 
+_AT_ONCE = 2**20  # values that are compared at once
+
 
 @dataclass(frozen=True)
 class LayerRetention:
@@ -32,12 +34,21 @@ class LayerRetention:
 
 
 def layer_retention(name: str, base: Tensor, merged: Tensor, packed: Tensor) -> LayerRetention:
-    """Measure one layer; all three are the weight's values, same shape, any float dtype."""
-    delta, moved = merged.float() - base.float(), packed.float() - base.float()
-    error = moved - delta
-    energy, lost = inner_product(delta, delta), inner_product(error, error)
+    """Measure one layer; all three are the weight's values, same shape, any float dtype.
+
+    Some rows at a time, since their differences are in float32.
+    """
+    energy = kept = lost = 0.0
+    size = max(1, _AT_ONCE * len(merged) // max(1, merged.numel()))
+    for parts in zip(base.split(size), merged.split(size), packed.split(size), strict=True):
+        before, whole, rounded = (part.float() for part in parts)
+        delta, moved = whole - before, rounded - before
+        energy += inner_product(delta, delta)
+        kept += inner_product(moved, delta)
+        error = moved.sub_(delta)
+        lost += inner_product(error, error)
     share = sqrt(energy / lost) if lost else inf
-    return LayerRetention(name, energy, inner_product(moved, delta), share)
+    return LayerRetention(name, energy, kept, share)
 
 
 def overall(layers: Iterable[LayerRetention]) -> float | None:

@@ -1,21 +1,27 @@
 """Writing weight files whose tensors become known one after the other.
 
-The sizes of packed tensors are known only once they are packed, so a file is gathered in memory up
-to `SHARD_BYTES` and then written: memory stays bounded however large the model is.
+The sizes of packed tensors are known only once they are packed, and a file begins with all of them. So
+tensors wait in a file without a header, up to `SHARD_BYTES`, and are then copied behind one: no more than
+one tensor is in memory, however large the model is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qlx.checkpoint import canonical_json
-from qlx.weights import INDEX_FILE, SINGLE_FILE, write_tensors
+from qlx.weights import INDEX_FILE, SINGLE_FILE, torch_dtype_name, write_raw
 
 __all__ = ["SHARD_BYTES", "ShardWriter"]
 
 SHARD_BYTES = 512 * 2**20
-"""Most bytes of tensors that are held in memory, and so in one file (unless one tensor is larger)."""
+"""Most bytes of tensors in one file (unless those that belong together are more)."""
+
+_WAITING = ".waiting"
+_PIECE = 2**20  # bytes that are copied at once
+_Entry = tuple[str, tuple[int, ...], Callable[[], Iterator[bytes]]]
 
 
 class ShardWriter:
@@ -28,7 +34,7 @@ class ShardWriter:
     def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self._directory = directory
         self._limit = shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, _Entry] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self._total = 0
@@ -38,12 +44,33 @@ class ShardWriter:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._pending and self._pending_bytes + size > self._limit:
             self._flush()
-        self._pending.update(tensors)
-        self._pending_bytes += size
+        with open(self._waiting, "ab") as file:
+            for name, tensor in tensors.items():
+                place = (self._pending_bytes, tensor.nbytes)
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                kind, shape = torch_dtype_name(tensor.dtype), tuple(tensor.shape)
+                self._pending[name] = (kind, shape, self._pieces(*place))
+                self._pending_bytes += tensor.nbytes
         self._total += size
 
+    @property
+    def _waiting(self) -> Path:
+        return self._directory / _WAITING
+
+    def _pieces(self, begin: int, size: int) -> Callable[[], Iterator[bytes]]:
+        """Reads a tensor that waits."""
+
+        def read() -> Iterator[bytes]:
+            with open(self._waiting, "rb") as file:
+                file.seek(begin)
+                for done in range(0, size, _PIECE):
+                    yield file.read(min(_PIECE, size - done))
+
+        return read
+
     def _flush(self) -> None:
-        write_tensors(self._part(len(self._shards)), self._pending)
+        write_raw(self._part(len(self._shards)), self._pending, {"format": "pt"})
+        self._waiting.unlink(missing_ok=True)
         self._shards.append(sorted(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

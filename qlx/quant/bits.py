@@ -24,8 +24,9 @@ def pack_integers(codes: Tensor, bits: int) -> Tensor:
     unsigned = codes.to(torch.int16) + (1 << (bits - 1))
     missing = -codes.shape[1] % per
     unsigned = torch.nn.functional.pad(unsigned, (0, missing), value=1 << (bits - 1))
-    shifts = torch.arange(per, device=codes.device) * bits
-    return (unsigned.view(rows, -1, per) << shifts).sum(dim=-1).to(torch.uint8)
+    shifts = torch.arange(per, device=codes.device, dtype=torch.int16) * bits
+    shifted = unsigned.view(rows, -1, per) << shifts  # bytes at most, so 16 bits hold them
+    return shifted.sum(dim=-1, dtype=torch.int16).to(torch.uint8)
 
 
 def unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from qlx.checkpoint import QuantSpec
 from qlx.cli import main
 from qlx.errors import CheckFailed, CorruptCheckpoint, InputRefused, Unsupported, UsageError
 from qlx.exporting import export_onnx
@@ -17,13 +16,14 @@ from qlx.verification import verify
 from tests import adapter_support
 from tests.adapter_support import NF4, NONE, Case, flip_rows, make_adapter, make_base
 from tests.isolation import run_without
+from tests.packing.conftest import TERNARY, wide_llama
 
 gguf = pytest.importorskip("gguf")
 
 TIED = ("qwen3", "gemma", "gemma2", "gemma3_text")
 KINDS = ("llama", "mistral", "qwen2", *TIED)
 BITS = {"F16": 16, "BF16": 16, "Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6}
-TERNARY = {"TQ1_0": 1.6875, "TQ2_0": 2.0625}
+TERNARY_BITS = {"TQ1_0": 1.6875, "TQ2_0": 2.0625}
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +106,12 @@ def test_sizes_are_those_of_the_types(made):
         assert heads["token_embd.weight"] == ("BF16" if to == "BF16" else "F16")
 
 
-@pytest.mark.parametrize("to", TERNARY)
+@pytest.mark.parametrize("to", TERNARY_BITS)
 def test_ternary_codes_survive_whole(tmp_path, monkeypatch, to):
     """A ternary model whose scales a file can hold is the same in the file to the last bit."""
-    spec = QuantSpec(method="qlora", weight_bits=2, scheme="ternary", symmetric=True, backend="qlx",
-                     extras={"scale_dtype": "float16"})  # fmt: skip
     monkeypatch.setattr(adapter_support, "draw", flip_rows)
-    base = _wide_llama(tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "a", Case("llama", spec))
+    base = wide_llama(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", Case("llama", TERNARY))
     made = pack(adapter.path, tmp_path / "p", to="gguf", gguf_type=to, base=base)
     trained = load_base(base, "causal-lm", quant=adapter.manifest.quantization)
     read = load_model(made)
@@ -123,18 +121,21 @@ def test_ternary_codes_survive_whole(tmp_path, monkeypatch, to):
         assert torch.equal(read.get_submodule(name).weight, wanted), name
     tensors = gguf.GGUFReader(made.path / "model.gguf").tensors
     sizes = {8 * t.n_bytes / t.n_elements for t in tensors if t.tensor_type.name == to}
-    assert sizes == {TERNARY[to]}
+    assert sizes == {TERNARY_BITS[to]}
 
 
-def _wide_llama(directory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=96,
-                         max_position_embeddings=32, pad_token_id=0)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+@pytest.mark.exhaustive
+def test_transformers_reads_ternary_types_without_qlx(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_support, "draw", flip_rows)
+    base = wide_llama(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", Case("llama", TERNARY))
+    made = [
+        pack(adapter.path, tmp_path / to, to="gguf", gguf_type=to, base=base).path
+        for to in TERNARY_BITS
+    ]
+    found = run_without(("qlx", "peft", "bitsandbytes"), PLAIN, *made)
+    assert len(found) == 2
+    assert max(found.values()) < 1e-5, found
 
 
 def test_a_delta_below_a_step_fails_the_gate(tmp_path, made):
@@ -232,7 +233,7 @@ def test_options_and_models_that_gguf_does_not_take(tmp_path, bases, merged):
         pack(merged["llama"].path, tmp_path / "p", to="int4", gguf_type="F16")
     with pytest.raises(Unsupported, match="takes language models"):
         pack(merged["vit"].path, tmp_path / "p", to="gguf")
-    assert set(GGUF_TYPES) == {*BITS, *TERNARY}
+    assert set(GGUF_TYPES) == {*BITS, *TERNARY_BITS}
 
 
 def test_values_too_large_for_16_bits_are_refused_by_name(tmp_path, made, monkeypatch):

@@ -173,6 +173,45 @@ def test_healing_by_the_probe_is_judged_by_the_rows_held_out_of_it(tmp_path, bas
     assert not [name for name in os.listdir(tmp_path) if name[:1] == "p"]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", list(RECIPES))
+def test_mixed_rows_make_the_probe_go_further(tmp_path, runs, kind, monkeypatch):
+    """Without them the rows that are shown are reached, and those that judge are not."""
+    from qlx.checkpoint import resolve_source
+    from qlx.packing.healing import data
+
+    run, base = runs[kind]
+    unmerged = (open_checkpoint(run), resolve_source(str(base)))
+    options = {"to": "ternary", "group_size": 32, "base": base, "min_retention": 0}
+    far = {}
+    for mixes in (data._MIXES, 0):
+        monkeypatch.setattr(data, "_MIXES", mixes)
+        made = pack(run, tmp_path / f"{mixes}", **options, healing=Healing(**QUICK))
+        record = made.manifest.lineage[-1].options["healing"]
+        assert record.get("mixed_rows", 0) == mixes * record["rows"]
+        far[mixes] = held_out(made, kind, unmerged).kl_mean
+    assert far[15] < 0.9 * far[0]
+
+
+def test_mixes_are_of_their_rows(tmp_path, runs):
+    """Texts have no padding inside; images lie between the two they are made of."""
+    for kind in RECIPES:
+        run = open_checkpoint(runs[kind][0])
+        found = calibration_data(run, run.path, None, 0, 512)
+        again = calibration_data(run, run.path, None, 0, 512)
+        count = found.counts[0]
+        for batches in zip(found.rows, again.rows, strict=True):
+            assert all(torch.equal(*(batch[name] for batch in batches)) for name in batches[0])
+        if kind == "digits":
+            pixels = torch.cat([batch["pixel_values"] for batch in found.rows])
+            assert pixels[count:].min() >= pixels[:count].min()
+            assert pixels[count:].max() <= pixels[:count].max()
+        for batch in found.rows if kind == "python" else ():
+            mask = batch["attention_mask"]
+            assert torch.equal(mask, mask.cummin(dim=1).values)
+            assert not batch["input_ids"][mask == 0].any()
+
+
 # --- More bits
 
 
@@ -273,7 +312,8 @@ def test_calibration_reads_recipes_texts_images_and_the_probe(tmp_path, runs, re
         run = open_checkpoint(runs[kind][0])
         data = calibration_data(run, run.path, file, 0, 512)
         assert data.counts == counts
-        assert sum(len(batch[min(batch)]) for batch in data.rows) == counts[0]
+        assert data.mixed == (0 if file else 15 * counts[0])
+        assert sum(len(batch[min(batch)]) for batch in data.rows) == counts[0] + data.mixed
         assert (data.held_out_base is not None) == (file is None)
         again = calibration_data(run, run.path, file, 1, 512)
         assert data.digest == again.digest

@@ -9,6 +9,7 @@ from qlx.models import load_base
 from qlx.packing.healing.blocks import LayeredModel
 from qlx.packing.healing.compensate import compensated, output_retention
 from qlx.packing.healing.grids import grid_of, levels_of, on_grid, scales_of, with_parts
+from qlx.packing.healing.paged import Pages
 from qlx.packing.healing.tune import PackedLayer, divergence_of
 from qlx.packing.source import WholeWeights
 from qlx.quant import dequantize_tensor, fitted_ternary, quantize_tensor
@@ -145,9 +146,10 @@ def test_a_model_run_by_layers_is_the_model(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["int4", "ternary whole", "nf4"])
-def test_the_gradients_of_a_packed_layer_are_those_of_its_formula(layer, name):
+def test_the_gradients_of_a_packed_layer_are_those_of_its_formula(tmp_path, layer, name):
     torch.manual_seed(1)
-    packed = PackedLayer(compensated(*layer, SPECS[name]), None, None)
+    placed = compensated(*layer, SPECS[name])
+    packed = PackedLayer(placed, None, None, "layer", Pages(tmp_path))
     generator = torch.Generator().manual_seed(0)
     packed.learn(4, generator)
     with torch.no_grad():

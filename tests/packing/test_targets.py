@@ -17,6 +17,7 @@ from tests import adapter_support
 from tests.adapter_support import NF4, Case, flip_rows, make_adapter, make_base
 from tests.coded_support import coded_base
 from tests.isolation import DISTANCE, run_without
+from tests.packing.test_pack import PLAIN_BITSANDBYTES
 
 TERNARY = QuantSpec(
     method="qlora", weight_bits=2, scheme="ternary", group_size=None, symmetric=True, backend="qlx"
@@ -258,3 +259,17 @@ def test_biases_and_tied_heads_load_in_plain_transformers(tmp_path):
         assert made[-1].manifest.quantization.backend == "compressed-tensors"
     found = run_without(("qlx", "peft", "bitsandbytes"), PLAIN, *(item.path for item in made))
     assert max(relative for relative, _ in found.values()) < 1e-4
+
+
+@pytest.mark.exhaustive
+def test_heatmap_models_load_in_plain_transformers(tmp_path):
+    base = make_base(tmp_path / "base", "vitpose")
+    adapter = make_adapter(base, tmp_path / "a", Case("vitpose", NF4))
+    made = {
+        to: pack(adapter.path, tmp_path / to, to=to, base=base, min_retention=0).path
+        for to in ("int8", "int4", "nf4")
+    }
+    found = run_without(("qlx", "peft", "bitsandbytes"), PLAIN, made["int8"], made["int4"])
+    assert max(relative for relative, _ in found.values()) < 1e-4
+    ((_, relative),) = run_without(("qlx", "peft"), PLAIN_BITSANDBYTES, made["nf4"]).values()
+    assert relative < 1e-4

@@ -2,9 +2,9 @@
 
 The architecture is built without weights. What lies outside the stack (embeddings, norms, the head) is
 written to a folder once and mapped from there; a layer of the stack is filled when its turn comes and
-emptied again. To run one layer, the model itself is called: the layers before it hand on what they are
-given and the run ends behind it, so that masks and position embeddings are those of the model,
-whatever its architecture.
+emptied again, or it stays, in files, and leaves memory when its turn is over. To run one layer, the
+model itself is called: the layers before it hand on what they are given and the run ends behind it, so
+that masks and position embeddings are those of the model, whatever its architecture.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qlx.checkpoint import Task
 from qlx.errors import Unsupported
 from qlx.models import auto_class, model_config, tensor_names
-from qlx.models.offload import MappedWeights
 from qlx.models.trace import layer_stack
 from qlx.models.unfilled import fill, parameters_on_meta
+from qlx.packing.healing.paged import Pages, Resting, release
 from qlx.packing.source import Weights
-from qlx.weights import open_weights
 
 __all__ = ["Inputs", "LayeredModel", "Stop"]
 
@@ -48,7 +46,7 @@ class LayeredModel:
                 model_config(companions, task), dtype=torch.float32
             )
         self.model, self.task = model.eval().requires_grad_(False), task
-        self.files = MappedWeights(open_weights(weights.directory), folder)
+        self.pages = Pages(folder)
         self._weights, self._names = weights, tensor_names(model, weights.directory)
         self.stack = layer_stack(model)
         self.layers = list(self.stack.values())
@@ -56,7 +54,7 @@ class LayeredModel:
         self._whole = True  # whether layers give a tensor, or a tuple that begins with it
         self._require_all(model, weights.directory)
         outside = {name: disk for name, disk in self._names.items() if self._layer_of(name) is None}
-        fill(model, outside, lambda disk: self.files.keep(disk, weights.value(disk, full=True)))
+        fill(model, outside, lambda disk: self.pages.keep(disk, weights.value(disk, full=True)))
         model.requires_grad_(False)
 
     def _require_all(self, model: nn.Module, directory: Path) -> None:
@@ -75,10 +73,17 @@ class LayeredModel:
 
     @contextmanager
     def filled(self, at: int) -> Iterator[nn.Module]:
-        """A layer with its weights in fp32, for as long as they are needed."""
+        """A layer with its weights in fp32, for as long as they are needed; all layers use the same files."""
         path, layer = list(self.stack.items())[at]
         own = {name: disk for name, disk in self._names.items() if self._layer_of(name) == path}
-        fill(self.model, own, lambda disk: self._weights.value(disk, full=True))
+        files = {disk: name.removeprefix(f"{path}.") for name, disk in own.items()}
+        fill(
+            self.model,
+            own,
+            lambda disk: self.pages.keep(
+                f"layer.{files[disk]}", self._weights.value(disk, full=True)
+            ),
+        )
         layer.requires_grad_(False)
         try:
             yield layer
@@ -98,9 +103,16 @@ class LayeredModel:
         fill(
             self.model,
             own,
-            lambda disk: self.files.keep(disk, self._weights.value(disk, full=True)),
+            lambda disk: self.pages.keep(disk, self._weights.value(disk, full=True)),
         )
         self.model.requires_grad_(False)
+
+    def rest(self, at: int) -> None:
+        """Let what layer `at` holds in files leave memory until it is used again."""
+        for module in self.layers[at].modules():
+            release(item for item in module._parameters.values() if item is not None)
+            if isinstance(module, Resting):
+                release(module.held())
 
     def entering(self, batch: Inputs) -> Tensor:
         """What the first layer is given."""
@@ -118,9 +130,7 @@ class LayeredModel:
         found: list[Tensor] = []
 
         def run(state: Tensor, call: Callable[[Tensor], Any]) -> Any:
-            output = call(given)
-            self._whole = isinstance(output, Tensor)
-            found.append(output if self._whole else output[0])
+            found.append(self._state_of(call(given)))
             raise Stop
 
         self._call(batch, {at: run})
@@ -132,14 +142,58 @@ class LayeredModel:
         return self._call(batch, {last: lambda _, call: self._form(state)})
 
     def outputs(self, batch: Inputs) -> Tensor:
-        """The outputs of the model through all layers, which are computed twice where gradients are wanted."""
+        """The outputs of the model through all layers, one in memory at a time; without gradients."""
+        steps = {at: self._step(at, []) for at in range(len(self.layers))}
+        with torch.no_grad():
+            return self._call(batch, steps)
+
+    def learn(
+        self, batch: Inputs, loss_of: Callable[[Tensor], Tensor], learned: Callable[[int], None]
+    ) -> None:
+        """The gradients of a loss of the outputs, for one layer after the other, beginning with the last.
+
+        `learned(at)` is called as soon as the parameters of layer `at` have theirs and nobody needs the layer any
+        more in this step. Its inputs lie in files from the first time it is run to the second, which
+        keeps what the backward pass needs.
+        """
+        calls: list[Callable[[Tensor], Any]] = []
+        ends: list[Tensor] = []
+        last = len(self.layers) - 1
+
+        def end(state: Tensor, call: Callable[[Tensor], Any]) -> Any:
+            ends.append(self._state_of(run(state, call)).requires_grad_())
+            return self._form(ends[0])
+
+        steps = {at: self._step(at, calls) for at in range(len(self.layers))}
+        run, steps[last] = steps[last], end
+        (gradient,) = torch.autograd.grad(loss_of(self._call(batch, steps)), ends)
+        for at in range(last, -1, -1):
+            state = self.pages.kept(f"state.{at}").clone().requires_grad_()
+            output = self._state_of(calls[at](state))
+            torch.autograd.backward(output, gradient)
+            assert state.grad is not None
+            gradient = state.grad
+            learned(at)
+            self.rest(at)
+
+    def _step(self, at: int, calls: list[Callable[[Tensor], Any]]) -> Callable[..., Any]:
+        """Run layer `at` without gradients and let it rest; its inputs are kept, and how it is called."""
 
         def run(state: Tensor, call: Callable[[Tensor], Any]) -> Any:
-            if not torch.is_grad_enabled():
-                return call(state)
-            return checkpoint(call, state, use_reentrant=False, preserve_rng_state=False)
+            self.pages.keep(f"state.{at}", state)
+            calls.append(call)
+            with torch.no_grad():
+                output = call(state)
+            self.rest(at)
+            return output
 
-        return self._call(batch, dict.fromkeys(range(len(self.layers)), run))
+        return run
+
+    def _state_of(self, output: Any) -> Tensor:
+        """The state in what a layer gives, which may be a tuple."""
+        self._whole = isinstance(output, Tensor)
+        state: Tensor = output if self._whole else output[0]
+        return state
 
     def _call(self, batch: Inputs, steps: Mapping[int, Callable[..., Any]]) -> Tensor:
         """Run the model with some layers replaced by `steps`, the others handing on what they are given."""

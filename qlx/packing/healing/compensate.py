@@ -22,13 +22,16 @@ from qlx.packing.healing.grids import (
     unfilled,
     with_parts,
 )
+from qlx.packing.healing.paged import release
 from qlx.quant import (
     FOUR_BIT,
     SCALE_DTYPE,
     PackedTensor,
     dequantize_tensor,
+    packed_rows,
     quantize_tensor,
     torch_dtype_of,
+    value_unit,
 )
 
 __all__ = ["FRACTION", "Placed", "compensated", "output_retention"]
@@ -39,6 +42,8 @@ FRACTION = 254
 _DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
 _RUN = 128  # columns between two updates of the rest, where a scale serves a whole row
 _FACTORS = (0.25, 1.05, 25)  # scales that are tried, as shares of the one that clips nothing
+_AT_ONCE = 2**18  # values of a weight that are looked at together, for the sake of memory
+_BLOCK = 256  # of a triangle that is inverted in place
 
 
 @dataclass(frozen=True)
@@ -65,63 +70,79 @@ def compensated(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Placed:
     """
     if not (bool(torch.isfinite(hessian).all()) and bool(torch.isfinite(weight).all())):
         raise InputRefused("the calibration data make inputs or weights that are not finite")
-    grid, factor = grid_of(str(spec.scheme)), _inverse_factor(hessian)
+    grid, importance = grid_of(str(spec.scheme)), hessian.diagonal().clone()
+    scales = _first_scales(weight, importance, spec, grid)  # before the factor needs its room
+    factor, left = _inverse_factor(hessian), weight.clone()
+    release([hessian, weight])
+    fractions = torch.empty_like(left, dtype=torch.int8)
     rows, columns = weight.shape
-    scales = _first_scales(weight, hessian.diagonal(), spec, grid)
     runs = scales.shape[1] if scales.shape[1] > 1 else -(-columns // _RUN)
     width = columns // scales.shape[1] if scales.shape[1] > 1 else _RUN
-    left, chosen, positions = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
     for at in range(runs):
         run = slice(at * width, min((at + 1) * width, columns))
         group = at if scales.shape[1] > 1 else 0
         if at and scales.shape[1] > 1 and spec.scheme not in FOUR_BIT:
-            scales[:, group] = _searched(left[:, run], hessian.diagonal()[run], grid, spec)
+            scales[:, group] = _searched(left[:, run], importance[run], grid, spec)
         scale = scales[:, group].float().expand(rows)
-        errors = _run(left, chosen, positions, run, scale, factor, grid)
-        left[:, run.stop :] -= errors @ factor[run, run.stop :]
+        errors, apart = _run(left, run, scale, factor, grid)
+        left[:, run.stop :].addmm_(errors, factor[run, run.stop :], alpha=-1)
+        fractions[:, run] = apart.clamp_(-0.5, 0.5).mul_(FRACTION).round_()
+    del factor
     packed = unfilled(weight, spec, None if spec.scheme in FOUR_BIT else scales)
-    fractions = ((positions - chosen).clamp(-0.5, 0.5) * FRACTION).round().to(torch.int8)
-    return Placed(with_parts(packed, chosen), fractions)
+    release([weight])
+    return Placed(with_parts(packed, left), fractions)
 
 
 def _run(
-    left: Tensor,
-    chosen: Tensor,
-    positions: Tensor,
-    run: slice,
-    scale: Tensor,
-    factor: Tensor,
-    grid: Grid,
-) -> Tensor:
-    """Round the columns of one run in place; their weighted errors [out, columns], for the rest."""
-    inverse, errors = _inverse(scale), torch.empty_like(left[:, run])
+    left: Tensor, run: slice, scale: Tensor, factor: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of one run, whose levels take their places in `left`.
+
+    Returns:
+        Their weighted errors, for the rest, and how far each value lay from its level; [out, columns].
+    """
+    inverse = _inverse(scale)
+    errors, apart = torch.empty_like(left[:, run]), torch.empty_like(left[:, run])
     for at, column in enumerate(range(run.start, run.stop)):
-        positions[:, column] = position = left[:, column] * inverse
-        chosen[:, column] = level = grid.rounded(position)
+        position = left[:, column] * inverse
+        level = grid.rounded(position)
         error = (left[:, column] - level * scale) / factor[column, column]
         left[:, column : run.stop] -= error[:, None] * factor[column, column : run.stop]
-        errors[:, at] = error
-    return errors
+        errors[:, at], apart[:, at], left[:, column] = error, position - level, level
+    return errors, apart
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Hessian.
+    """The upper triangular U with U^T U the inverse of the damped Hessian.
 
+    With rows and columns in reverse order H is L L^T, and U the inverse of L with both in order again.
     Inputs that are always zero, or fewer rows than inputs, make it singular; damping is raised until
     it can be factored.
     """
     mean = hessian.diagonal().mean()
     damping = _DAMPING * (mean if mean > 0 else torch.ones(()))
     for _ in range(6):
-        damped = hessian + damping * torch.eye(len(hessian))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        turned = hessian.flip(0, 1)
+        turned.diagonal().add_(damping)
+        release([hessian])
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        del turned
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                found: Tensor = factor
-                return found
+            return _inverted(lower).flip(0, 1)
         damping = damping * 10
     raise InputRefused("the calibration data make inputs whose products cannot be factored")
+
+
+def _inverted(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle [n, n], in its place, block by block from its lower right corner."""
+    for start in range((len(lower) - 1) // _BLOCK * _BLOCK, -1, -_BLOCK):
+        here = slice(start, min(start + _BLOCK, len(lower)))
+        corner = lower[here, here]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)), upper=False)
+        below = lower[here.stop :, here]
+        below.copy_(-(lower[here.stop :, here.stop :] @ (below @ inverse)))
+        corner.copy_(inverse)
+    return lower
 
 
 def _first_scales(weight: Tensor, importance: Tensor, spec: QuantSpec, grid: Grid) -> Tensor:
@@ -133,7 +154,8 @@ def _first_scales(weight: Tensor, importance: Tensor, spec: QuantSpec, grid: Gri
         every = importance.repeat(rows)
         return _searched(weight.reshape(1, -1), every, grid, spec).reshape(1, 1)
     width = spec.group_size or columns
-    first = _searched(weight[:, :width], importance[:width], grid, spec)
+    parts = weight[:, :width].split(max(1, _AT_ONCE // width))
+    first = torch.cat([_searched(part, importance[:width], grid, spec) for part in parts])
     return first[:, None].repeat(1, columns // width)
 
 
@@ -173,6 +195,17 @@ def output_retention(
     What the gate measures on the model's outputs, here on one layer's: 1 when packing adds no error,
     0 when it adds as much as the adapter had changed, below when more. None where nothing was changed.
     """
-    delta, error = weight - before, dequantize_tensor(packed, torch.float32) - weight
-    effect = float(((delta @ hessian) * delta).sum())
-    return 1.0 - float(((error @ hessian) * error).sum()) / effect if effect > 0 else None
+    effect = lost = 0.0
+    unit = value_unit(packed)
+    size = max(unit, _AT_ONCE // weight.shape[1] // unit * unit)
+    for at in range(0, len(weight), size):
+        rows = slice(at, min(at + size, len(weight)))
+        values = dequantize_tensor(packed_rows(packed, rows), torch.float32)
+        effect += _energy(weight[rows] - before[rows], hessian)
+        lost += _energy(values.sub_(weight[rows]), hessian)
+    return 1.0 - lost / effect if effect > 0 else None
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> float:
+    """What some rows of a weight make of the inputs, squared and summed."""
+    return float(((rows @ hessian) * rows).sum())

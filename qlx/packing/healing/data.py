@@ -1,7 +1,9 @@
 """Calibration data: real inputs by which a packed model is healed, and some held out from that.
 
 The inputs of a checkpoint's own probe, or the training part of a data set of the user's, prepared as in
-the checkpoint's training. Labels play no part.
+the checkpoint's training. Labels play no part, because what is aimed at are the unmerged model's outputs. So
+inputs can also be made up: a probe's rows are few, and others are mixed of them (images as in mixup,
+arXiv 1710.09412, and moved a little; texts spliced).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +28,9 @@ __all__ = ["Calibration", "calibration_data"]
 _MOST = 512  # rows that are used
 _HELD_OUT = 4  # one row in so many
 _ROWS = 16  # of a batch
+_MIXES = 15  # rows that are made for each of a probe
+_BETA = 0.4  # both parameters of the distribution of the first one's share in a mix of images
+_MOVED = 16  # images are moved by one part in so many of their side at most
 _LOGITS = 2**25  # values of a batch's outputs: 128 MiB in float32
 _RECIPES = (".yaml", ".yml")
 _SOURCES: Mapping[Task, tuple[str, tuple[str, ...]]] = {
@@ -43,7 +48,8 @@ class Calibration:
     """Batches of inputs to learn from and to hold out.
 
     `held_out_base` are the base's outputs for the held-out batches, where they are known: the probe's.
-    `name` says what the data are (`probe`, or a file's name), `digest` is over their content.
+    `name` says what the data are (`probe`, or a file's name), `digest` is over their content. `counts` are
+    rows to learn from and held out, `mixed` how many were made of the former beside them.
     """
 
     rows: tuple[dict[str, torch.Tensor], ...]
@@ -51,6 +57,7 @@ class Calibration:
     held_out_base: tuple[NDArray[Any], ...] | None
     name: str
     counts: tuple[int, int]
+    mixed: int
     digest: str
 
 
@@ -79,14 +86,16 @@ def calibration_data(
     order = np.random.default_rng(seed).permutation(len(rows))
     count = max(1, len(rows) // _HELD_OUT)
     size = _batch_size(rows, classes)
-    learned, held = (_batches(rows, part, size) for part in (order[count:], order[:count]))
+    learned, held = ([rows[at] for at in part] for part in (order[count:], order[:count]))
+    made = _mixed(learned, np.random.default_rng(seed + 1)) if file is None else []
     bases = None if base is None else [base[part] for part in _cut(order[:count], size)]
     return Calibration(
-        rows=tuple(learned),
-        held_out=tuple(held),
+        rows=tuple(_batches([*learned, *made], size)),
+        held_out=tuple(_batches(held, size)),
         held_out_base=None if bases is None else tuple(bases),
         name="probe" if file is None else file.name,
-        counts=(len(order) - count, count),
+        counts=(len(learned), len(held)),
+        mixed=len(made),
         digest=_digest(rows),
     )
 
@@ -147,14 +156,42 @@ def _cut(chosen: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     return (chosen[at : at + size] for at in range(0, len(chosen), size))
 
 
-def _batches(
-    rows: Sequence[Row], chosen: NDArray[np.int64], size: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The chosen rows in batches; texts are padded on the right to the longest of theirs."""
-    for part in _cut(chosen, size):
-        yield {
-            name: torch.from_numpy(_stacked([rows[at][name] for at in part])) for name in rows[0]
-        }
+def _batches(rows: Sequence[Row], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Rows in batches; texts are padded on the right to the longest of theirs."""
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
+        yield {name: torch.from_numpy(_stacked([row[name] for row in part])) for name in part[0]}
+
+
+def _mixed(rows: Sequence[Row], random: np.random.Generator) -> list[Row]:
+    """`_MIXES` other rows for each, made of it and of another that `random` draws."""
+    made = []
+    for _ in range(_MIXES if len(rows) > 1 else 0):
+        for row, other in zip(rows, random.permutation(len(rows)), strict=True):
+            mix = _spliced if "input_ids" in row else _blended
+            made.append(mix(row, rows[other], random))
+    return made
+
+
+def _blended(row: Row, other: Row, random: np.random.Generator) -> Row:
+    """A mean of two rows of images [1, channels, height, width], moved a little in both directions."""
+    share = np.float32(random.beta(_BETA, _BETA))
+    made = {}
+    for name, values in row.items():
+        limits = [side // _MOVED for side in values.shape[-2:]]
+        steps = [int(random.integers(-limit, limit + 1)) for limit in limits]
+        made[name] = np.roll(share * values + (1 - share) * other[name], steps, axis=(-2, -1))
+    return made
+
+
+def _spliced(row: Row, other: Row, random: np.random.Generator) -> Row:
+    """The beginning of one text [1, T], padded behind, and what follows the same place in another."""
+    shorter = min(int(values["attention_mask"].sum()) for values in (row, other))
+    cut = int(random.integers(1, max(2, shorter)))
+    return {
+        name: np.concatenate([values[:, :cut], other[name][:, cut:]], axis=1)
+        for name, values in row.items()
+    }
 
 
 def _stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -23,7 +23,7 @@ from qlx.packing.healing.promote import LADDER, Need, need_of, promote
 from qlx.packing.healing.tune import PackedLayer, Rows, tune
 from qlx.packing.select import Selection
 from qlx.packing.source import Weights
-from qlx.quant import PackedTensor, kept
+from qlx.quant import PackedTensor
 from qlx.verification import Comparison, Tally, shown
 
 __all__ = ["Healed", "Healing", "heal"]
@@ -88,7 +88,8 @@ def heal(
     task = checkpoint.manifest.task
     classes = int(getattr(model_config(companions, task), "vocab_size", None) or 1)
     data = calibration_data(checkpoint, companions, healing.calibration, healing.seed, classes)
-    tell(f"healing by {data.counts[0]} rows of {data.name}, {data.counts[1]} held out")
+    mixed = f" and {data.mixed} mixed of them" if data.mixed else ""
+    tell(f"healing by {data.counts[0]} rows of {data.name}{mixed}, {data.counts[1]} held out")
     model = LayeredModel(weights, companions, task, folder)
     schemes: dict[str, str] = {}
     if budget is not None:
@@ -111,19 +112,17 @@ def heal(
     stream = compensate_stack(model, weights, selection, spec_of, data, look, tell)
     layers = _assembled(model, stream, spec.activation_bits)
     options = {"steps": healing.steps, "rank": healing.rank, "seed": healing.seed}
-    kept_stage = tune(model, list(layers.values()), stream.rows, stream.held_out, **options)
+    kept_stage = tune(model, layers, stream.rows, stream.held_out, **options)
     compared = _compared(model, stream.held_out, data)
     tell(f"healed by {kept_stage}: KL {compared.kl_mean:.4g} on the rows held out")
     _require(compared, min_retention)
-    packed = {
-        selection.tensors[name]: kept(layer.packed(), f"{name}.healed", model.files.keep)
-        for name, layer in layers.items()
-    }
+    packed = _packed(model, layers, selection)
     record = {
         "calibration": data.name,
         "digest": data.digest,
         "rows": data.counts[0],
         "held_out_rows": data.counts[1],
+        **({"mixed_rows": data.mixed} if data.mixed else {}),
         **options,
         "kept": kept_stage,
         "held_out": {name: float(f"{v:.4g}") for name, v in compared.metrics().items()},
@@ -147,9 +146,20 @@ def _assembled(
     layers = {}
     for name, placed in stream.placed.items():
         bias = model.model.get_submodule(name)._parameters["bias"]
-        layers[name] = PackedLayer(placed, bias, activation_bits)
+        layers[name] = PackedLayer(placed, bias, activation_bits, name, model.pages)
         model.model.set_submodule(name, layers[name])
     return layers
+
+
+def _packed(
+    model: LayeredModel, layers: Mapping[str, PackedLayer], selection: Selection
+) -> dict[str, PackedTensor]:
+    """The weights as they are to be stored, by tensor name, in files."""
+    packed = {}
+    for name, layer in layers.items():
+        packed[selection.tensors[name]] = model.pages.keep_packed(f"{name}.healed", layer.packed())
+        model.pages.rest()
+    return packed
 
 
 def _compared(model: LayeredModel, held_out: Sequence[Rows], data: Calibration) -> Comparison:

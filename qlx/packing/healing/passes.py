@@ -16,10 +16,11 @@ from qlx.checkpoint import QuantSpec
 from qlx.packing.healing.blocks import Inputs, LayeredModel, Stop
 from qlx.packing.healing.compensate import Placed, compensated
 from qlx.packing.healing.data import Calibration
+from qlx.packing.healing.paged import release
 from qlx.packing.healing.tune import Rows
 from qlx.packing.select import Selection
 from qlx.packing.source import Weights
-from qlx.quant import dequantize_tensor, kept, quantize_activations
+from qlx.quant import dequantize_tensor, quantize_activations
 
 __all__ = ["Seen", "Stream", "compensate_stack"]
 
@@ -77,19 +78,19 @@ def compensate_stack(
         for at, path in enumerate(model.stack):
             with model.filled(at) as layer:
                 groups = work.groups(at, layer, data.rows[0], exact[0])
-                exact = _through(model, at, batches, exact)
+                _through(model, at, batches, exact)
                 for group in groups:
                     work.compensate(at, layer, group, data.rows, packed)
-                packed = _through(model, at, data.rows, packed)
+                _through(model, at, data.rows, packed)
             tell(f"compensated {path}")
     rows = [Rows(inputs, state) for inputs, state in zip(batches, exact, strict=True)]
     return Stream(work.placed, rows[: len(data.rows)], rows[len(data.rows) :])
 
 
-def _through(
-    model: LayeredModel, at: int, batches: Sequence[Inputs], states: Sequence[Tensor]
-) -> list[Tensor]:
-    return [model.leaving(at, batch, state) for batch, state in zip(batches, states, strict=True)]
+def _through(model: LayeredModel, at: int, batches: Sequence[Inputs], states: list[Tensor]) -> None:
+    """Replace the states before layer `at` by those behind it, batch by batch."""
+    for number, batch in enumerate(batches):
+        states[number] = model.leaving(at, batch, states[number])
 
 
 class _Pass:
@@ -148,14 +149,17 @@ class _Pass:
         """Round the modules of a group by their common inputs; their weights become the rounded ones."""
         hessian = self._hessian(at, group[0], batches, states)
         for name in group:
+            self.model.rest(at)
             module: Any = self.model.model.get_submodule(name)
-            before, weight = self.weights.before(self.selection.tensors[name]), module.weight.data
+            weight = module.weight.data
             placed = compensated(weight, hessian, self.spec_of(name))
-            self.look(Seen(name, group, before, weight, hessian, placed))
-            values = dequantize_tensor(placed.packed, torch.float32)
-            module.weight = nn.Parameter(values, requires_grad=False)
             if self.store:
-                self.placed[name] = self._mapped(name, placed)
+                self.placed[name] = placed = self._paged(name, placed)
+            release([weight])
+            before = self.weights.before(self.selection.tensors[name])
+            self.look(Seen(name, group, before, weight, hessian, placed))
+            weight.copy_(dequantize_tensor(placed.packed, torch.float32))
+        release([hessian])
 
     def _hessian(
         self, at: int, name: str, batches: Sequence[Inputs], states: Sequence[Tensor]
@@ -169,20 +173,22 @@ class _Pass:
             raise Stop
 
         handle = self.model.model.get_submodule(name).register_forward_pre_hook(gather)
-        total, count = torch.zeros(()), 0
+        inside = int(self.model.model.get_submodule(name).weight.shape[1])  # type: ignore[arg-type,union-attr,index]
+        total, count = self.model.pages.zeros("hessian", (inside, inside)), 0
         for batch, state in zip(batches, states, strict=True):
             self.model.leaving(at, batch, state)
             inputs = _real(found.pop(), batch.get("attention_mask"))
             inputs = inputs if bits is None else quantize_activations(inputs, bits)
-            total, count = total + inputs.T @ inputs, count + len(inputs)
+            total.addmm_(inputs.T, inputs)
+            count += len(inputs)
         handle.remove()
-        return total / count
+        return total.div_(count)
 
-    def _mapped(self, name: str, placed: Placed) -> Placed:
+    def _paged(self, name: str, placed: Placed) -> Placed:
         """The same, lying in files."""
-        keep = self.model.files.keep
-        packed = kept(placed.packed, f"{name}.compensated", keep)
-        return Placed(packed, keep(f"{name}.fractions", placed.fractions))
+        pages = self.model.pages
+        packed = pages.keep_packed(f"{name}.compensated", placed.packed)
+        return Placed(packed, pages.keep(f"{name}.fractions", placed.fractions))
 
 
 def _real(inputs: Tensor, mask: Tensor | None) -> Tensor:

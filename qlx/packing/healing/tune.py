@@ -5,10 +5,14 @@ s = s0 · exp(l), the codes staying what compensation made them. After that a lo
 the rounding, level = round(position + C), with straight-through gradients (LR-QAT, arXiv 2406.06385)
 moves single codes. Both use Adam with a warm-up and a cosine, and what is kept is what has the
 smallest KL on held-out rows, the untuned model included.
+
+One layer of the stack is in memory at a time: what each holds and learns, and its optimizer's states, lie in
+files (`paged`), and it takes its step as soon as the backward pass has gone through it.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +22,8 @@ from torch import Tensor, nn
 from qlx.packing.healing.blocks import Inputs, LayeredModel
 from qlx.packing.healing.compensate import Placed
 from qlx.packing.healing.grids import grid_of, levels_of, on_grid, scales_of, spread, with_parts
-from qlx.quant import FOUR_BIT, PackedTensor, quantize_activations
+from qlx.packing.healing.paged import Pages, Resting, release, tensors_of
+from qlx.quant import FOUR_BIT, PackedTensor, packed_rows, quantize_activations, value_unit
 
 __all__ = ["PackedLayer", "Rows", "divergence_of", "tune"]
 
@@ -26,6 +31,7 @@ _SCALE_RATE = 2e-2  # of the logarithms
 _CORRECTION_RATE = 0.05  # by the number of levels: finer grids lie closer to what is wanted
 _WARM_UP, _LAST_RATE = 15, 0.03  # steps, and the share of the rate that is left at the end
 _CHECKS = 10  # looks at the held-out rows in one stage
+_PARTS = 8  # that a weight is cut into when its values are made
 
 
 @dataclass(frozen=True)
@@ -42,20 +48,34 @@ class Rows:
         return None if mask is None else mask.bool()
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(Resting):
     """A linear layer on its grid whose scales and rounding can be tuned.
 
     `logs` are added to the logarithms of the scales; `down` A [rank, in] and `up` B [out, rank] make
-    the correction. Either is None until a stage wants it.
+    the correction. Either is None until a stage wants it. They lie in `pages`, by the layer's name.
     """
 
-    def __init__(self, placed: Placed, bias: Tensor | None, activation_bits: int | None) -> None:
+    def __init__(
+        self,
+        placed: Placed,
+        bias: Tensor | None,
+        activation_bits: int | None,
+        name: str,
+        pages: Pages,
+    ) -> None:
         super().__init__()
         self.placed, self.bias, self.activation_bits = placed, bias, activation_bits
-        self.grid, self.scales = grid_of(placed.packed.scheme), scales_of(placed.packed).float()
+        self.name, self.pages = name, pages
+        self._remembered: dict[str, dict[str, Tensor | None]] = {}
+        self.grid = grid_of(placed.packed.scheme)
+        self.scales = pages.keep(f"{name}.scales", scales_of(placed.packed).float())
         self.logs: nn.Parameter | None = None
         self.down: nn.Parameter | None = None
         self.up: nn.Parameter | None = None
+
+    def held(self) -> Iterator[Tensor]:
+        """Codes, scales and fractions; what is learned are parameters."""
+        yield from (*tensors_of(self.placed), self.scales)
 
     @property
     def scalable(self) -> bool:
@@ -71,41 +91,70 @@ class PackedLayer(nn.Module):
         output = product(input, scales, self.down, self.up, self)
         return output if self.bias is None else output + self.bias
 
-    def levels(self) -> Tensor:
-        """The levels as they are now, float32 [out, in]."""
-        if self.down is None or self.up is None:
-            return levels_of(self.placed.packed)
-        return self.grid.rounded(self.positions())
+    def blocks(self) -> Iterator[slice]:
+        """The weight's rows in parts whose values are made at once, so that nothing of its size is."""
+        rows, unit = self.placed.packed.shape[0], value_unit(self.placed.packed)
+        size = -(-rows // (_PARTS * unit)) * unit
+        return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
-    def positions(self) -> Tensor:
-        """Where between the levels every value lies now, float32 [out, in]."""
+    def levels(self, rows: slice) -> Tensor:
+        """The levels of some rows as they are now, float32 [rows, in]."""
+        if self.down is None or self.up is None:
+            return levels_of(packed_rows(self.placed.packed, rows))
+        return self.grid.rounded(self.positions(rows))
+
+    def positions(self, rows: slice) -> Tensor:
+        """Where between the levels every value of some rows lies now, float32 [rows, in]."""
         assert self.down is not None
         assert self.up is not None
-        return self.placed.positions().addmm_(self.up.detach(), self.down.detach())
+        packed = packed_rows(self.placed.packed, rows)
+        before = Placed(packed, self.placed.fractions[rows]).positions()
+        return before.addmm_(self.up.detach()[rows], self.down.detach())
 
     def packed(self) -> PackedTensor:
         """The weight as it is to be stored."""
         scales = None if self.logs is None else self.scales * self.logs.detach().exp()
-        return with_parts(self.placed.packed, self.levels(), scales)
+        levels = torch.cat([self.levels(rows) for rows in self.blocks()])
+        return with_parts(self.placed.packed, levels, scales)
 
     def learn(self, rank: int, generator: torch.Generator) -> list[dict[str, Any]]:
         """Make the parameters of a stage and return them with their rates; of rank 0 only the scales."""
         groups: list[dict[str, Any]] = []
         if self.scalable:
             if self.logs is None:
-                self.logs = nn.Parameter(torch.zeros_like(self.scales))
+                self.logs = nn.Parameter(self.pages.zeros(f"{self.name}.logs", self.scales.shape))
             groups.append({"params": [self.logs], "lr": _SCALE_RATE})
         if rank:
             rows, columns = self.placed.packed.shape
             first = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
-            self.down, self.up = nn.Parameter(first), nn.Parameter(torch.zeros(rows, rank))
+            self.down = nn.Parameter(self.pages.keep(f"{self.name}.down", first))
+            self.up = nn.Parameter(self.pages.zeros(f"{self.name}.up", (rows, rank)))
             rate = _CORRECTION_RATE / len(self.grid.levels)
             groups.append({"params": [self.down, self.up], "lr": rate})
         return groups
 
+    def remember(self, when: str) -> None:
+        """Keep what is learned so far under a name of its own, for `recall`."""
+        parts = {"logs": self.logs, "down": self.down, "up": self.up}
+        self._remembered[when] = {
+            part: None if item is None else self.pages.keep(f"{self.name}.{part}.{when}", item)
+            for part, item in parts.items()
+        }
+        release(item for item in parts.values() if item is not None)
+
+    def recall(self, when: str) -> None:
+        """Have again what `remember` kept."""
+        for part, value in self._remembered[when].items():
+            own = getattr(self, part)
+            if value is None or own is None:
+                setattr(self, part, None)
+            else:
+                own.data.copy_(value)
+                release([own, value])
+
 
 class _Product(torch.autograd.Function):
-    """x W^T with W made of levels and scales in both passes, so that nothing of its size is kept."""
+    """x W^T with W made of levels and scales in both passes, some rows at a time."""
 
     @staticmethod
     def forward(
@@ -118,29 +167,64 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scales)
         ctx.layer = layer
-        return nn.functional.linear(x, on_grid(layer.levels(), scales))
+        parts = (
+            nn.functional.linear(x, on_grid(layer.levels(rows), _of_rows(scales, rows)))
+            for rows in layer.blocks()
+        )
+        return torch.cat(list(parts), dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
         x, scales = ctx.saved_tensors
         layer: PackedLayer = ctx.layer
-        levels = layer.levels()
-        to_x = gradient @ on_grid(levels, scales) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:4]):
-            return to_x, None, None, None, None
-        shape = (int(levels.shape[0]), int(levels.shape[1]))
+        made = _Gradients(layer, x, scales)
+        for rows in layer.blocks():
+            made.add(rows, gradients[0], ctx.needs_input_grad)
+        return made.to_x, made.to_scales, made.to_down, made.to_up, None
+
+
+class _Gradients:
+    """What `_Product` passes back, gathered over the rows of the weight."""
+
+    def __init__(self, layer: PackedLayer, x: Tensor, scales: Tensor) -> None:
+        self.layer, self.x, self.scales = layer, x, scales
+        self.to_x: Tensor | None = None
+        self.to_scales = torch.zeros_like(scales)
+        self.to_down = None if layer.down is None else torch.zeros_like(layer.down)
+        self.to_up = None if layer.up is None else torch.zeros_like(layer.up)
+
+    def add(self, rows: slice, gradient: Tensor, needed: Sequence[bool]) -> None:
+        """Add the part of some rows."""
+        gradient, levels = gradient[..., rows], self.layer.levels(rows)
+        scales = _of_rows(self.scales, rows)
+        if needed[0]:
+            to_x = gradient @ on_grid(levels, scales)
+            self.to_x = to_x if self.to_x is None else self.to_x.add_(to_x)
+        if any(needed[1:4]):
+            weight = gradient.reshape(-1, len(levels)).T @ self.x.reshape(-1, levels.shape[1])
+            self._learned(rows, weight, levels, scales)
+
+    def _learned(self, rows: slice, weight: Tensor, levels: Tensor, scales: Tensor) -> None:
+        """The gradients of scales and correction from those of the weight's values, [rows, in]."""
+        layer, shape = self.layer, (int(levels.shape[0]), int(levels.shape[1]))
         cut = spread(scales, shape)
-        weight = (gradient.reshape(-1, shape[0]).T @ x.reshape(-1, shape[1])).reshape(cut.shape)
+        weight = weight.reshape(cut.shape)
         to_scales = (weight * levels.reshape(cut.shape)).sum(dim=-1)
-        if scales.shape[0] == 1:
-            to_scales = to_scales.sum(dim=0, keepdim=True)
-        if layer.down is None or layer.up is None:
-            return to_x, to_scales, None, None, None
+        if len(self.scales) == 1:
+            self.to_scales += to_scales.sum(dim=0, keepdim=True)
+        else:
+            self.to_scales[rows] = to_scales
+        if layer.down is None or layer.up is None or self.to_down is None or self.to_up is None:
+            return
         # straight through the rounding, and nowhere beyond the ends of the grid
-        moved = (weight * cut).reshape(shape) * layer.grid.inside(layer.positions())
-        to_down, to_up = layer.up.detach().T @ moved, moved @ layer.down.detach().T
-        return to_x, to_scales, to_down, to_up, None
+        moved = (weight * cut).reshape(shape) * layer.grid.inside(layer.positions(rows))
+        self.to_down += layer.up.detach()[rows].T @ moved
+        self.to_up[rows] = moved @ layer.down.detach().T
+
+
+def _of_rows(scales: Tensor, rows: slice) -> Tensor:
+    """The scales of some rows of a weight, or the one that serves them all."""
+    return scales if len(scales) == 1 else scales[rows]
 
 
 def divergence_of(reference: Tensor, outputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -159,7 +243,7 @@ def divergence_of(reference: Tensor, outputs: Tensor, mask: Tensor | None) -> Te
 
 def tune(
     model: LayeredModel,
-    layers: Sequence[PackedLayer],
+    layers: Mapping[str, PackedLayer],
     rows: Sequence[Rows],
     held_out: Sequence[Rows],
     *,
@@ -167,54 +251,102 @@ def tune(
     rank: int,
     seed: int,
 ) -> str:
-    """Tune `layers`, which are in their places in `model`; what was kept of it.
+    """Tune `layers`, by name and in their places in `model`; what was kept of it.
 
     `compensation`, `scales` or `correction` is kept: the last stage that made the held-out rows better.
     """
     best, kept = _held_out(model, held_out), "compensation"
-    stages = [("scales", 0)] if any(layer.scalable for layer in layers) else []
+    stages = [("scales", 0)] if any(layer.scalable for layer in layers.values()) else []
     stages += [("correction", rank)] if rank else []
     for at, (name, own_rank) in enumerate(stages if steps else []):
         generator = torch.Generator().manual_seed(seed + at)
-        before = _state(layers)
-        groups = [group for layer in layers for group in layer.learn(own_rank, generator)]
-        least, state = _stage(model, layers, rows, held_out, groups, steps, generator)
+        for layer in layers.values():
+            layer.remember("before")
+        optimizers = [
+            _Optimizer(model.pages, part, own_rank, generator, steps)
+            for part in _by_stack(model, layers)
+        ]
+        least = _stage(model, layers, rows, held_out, optimizers, steps, generator)
         if least < best:
             best, kept = least, name
-            _restore(layers, state)
-        else:
-            _restore(layers, before)
+        for layer in layers.values():
+            layer.recall("best" if kept == name else "before")
     return kept
+
+
+def _by_stack(
+    model: LayeredModel, layers: Mapping[str, PackedLayer]
+) -> list[dict[str, PackedLayer]]:
+    """The packed layers that lie in each layer of the stack."""
+    return [
+        {name: layer for name, layer in layers.items() if name.startswith(f"{path}.")}
+        for path in model.stack
+    ]
+
+
+class _Optimizer:
+    """Adam for what the packed layers of one layer of the stack learn, its states in files."""
+
+    def __init__(
+        self,
+        pages: Pages,
+        layers: Mapping[str, PackedLayer],
+        rank: int,
+        generator: torch.Generator,
+        steps: int,
+    ) -> None:
+        groups = [group for layer in layers.values() for group in layer.learn(rank, generator)]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.98)) if groups else None
+        if self.adam is None:
+            return
+        self.rates = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda step: _rate(step, steps))
+        self.states: list[Tensor] = []
+        places = [parameter for group in groups for parameter in group["params"]]
+        for at, parameter in enumerate(places):
+            moments = {
+                key: pages.zeros(f"{next(iter(layers))}.{at}.{key}", parameter.shape)
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            self.adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            self.states += moments.values()
+        release([*places, *self.states])
+
+    def step(self) -> None:
+        """Move by the gradients there are, and let go of them and of the states."""
+        if self.adam is not None:
+            self.adam.step()
+            self.adam.zero_grad()
+            self.rates.step()
+            release(self.states)
 
 
 def _stage(
     model: LayeredModel,
-    layers: Sequence[PackedLayer],
+    layers: Mapping[str, PackedLayer],
     rows: Sequence[Rows],
     held_out: Sequence[Rows],
-    groups: list[dict[str, Any]],
+    optimizers: Sequence[_Optimizer],
     steps: int,
     generator: torch.Generator,
-) -> tuple[float, Any]:
-    """One stage of learning; the least held-out KL and the parameters that had it."""
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    rates = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
-    least, state = math.inf, _state(layers)
-    order = _order(len(rows), generator)
+) -> float:
+    """One stage of learning; the least held-out KL, whose parameters are remembered as `best`."""
+    least, order = math.inf, _order(len(rows), generator)
     for step in range(1, steps + 1):
         batch = rows[next(order)]
         with torch.no_grad():
             wanted = model.finished(batch.inputs, batch.state)
-        loss = divergence_of(wanted, model.outputs(batch.inputs), batch.mask)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        rates.step()
+        model.learn(
+            batch.inputs,
+            functools.partial(divergence_of, wanted, mask=batch.mask),
+            lambda at: optimizers[at].step(),
+        )
         if step % max(1, steps // _CHECKS) == 0 or step == steps:
             found = _held_out(model, held_out)
             if found < least:
-                least, state = found, _state(layers)
-    return least, state
+                least = found
+                for layer in layers.values():
+                    layer.remember("best")
+    return least
 
 
 def _rate(step: int, steps: int) -> float:
@@ -239,21 +371,3 @@ def _held_out(model: LayeredModel, rows: Sequence[Rows]) -> float:
             size = float(len(wanted) if batch.mask is None else batch.mask.sum())
             total, count = total + float(found) * size, count + size
     return total / count
-
-
-def _state(layers: Sequence[PackedLayer]) -> Any:
-    """A copy of everything learned so far, for `_restore`."""
-    return [
-        {name: None if item is None else item.detach().clone() for name, item in _learned(layer)}
-        for layer in layers
-    ]
-
-
-def _learned(layer: PackedLayer) -> list[tuple[str, nn.Parameter | None]]:
-    return [("logs", layer.logs), ("down", layer.down), ("up", layer.up)]
-
-
-def _restore(layers: Sequence[PackedLayer], state: Any) -> None:
-    for layer, values in zip(layers, state, strict=True):
-        for name, value in values.items():
-            setattr(layer, name, None if value is None else nn.Parameter(value))
