@@ -26,9 +26,13 @@ SCHEMES = {
     "int8": {"quant_type": "int8"},
     "int4": {"quant_type": "int4", "group_size": 32},
     "ternary": {"quant_type": "ternary", "group_size": 32},
+    "int4 zeros": {"quant_type": "int4", "group_size": 32, "symmetric": False},
+    "int2": {"quant_type": "int2", "group_size": 32},
+    "int4 fold": {"quant_type": "int4", "group_size": 32, "symmetric": False},
+    "int2 fold": {"quant_type": "int2", "group_size": 32},
 }
 TASKS = {"digits": DIGITS_RUN, "python": PYTHON_RUN, "tennis": TENNIS_RUN}
-QUICK = {("digits", "nf4"), ("python", "int4")}
+QUICK = {("digits", "nf4"), ("python", "int4"), ("python", "int2"), ("digits", "int4 fold")}
 EXACT = {"rank": 4, "alpha": 6, "exact": True}
 
 
@@ -47,7 +51,7 @@ def recipe_for(task, scheme, base, clips=None, seed=0, rate=4e-3, **adapter):
         content,
         base,
         data=data,
-        adapter={**EXACT, **adapter},
+        adapter={**EXACT, "exact": "fold" if scheme.endswith("fold") else True, **adapter},
         quantization=SCHEMES[scheme],
         training=training,
     )
@@ -85,9 +89,10 @@ def test_what_was_trained_is_what_is_packed(task, scheme, base_of, request, tmp_
     clips = request.getfixturevalue("tennis_clips") if task == "tennis" else None
     run = train(recipe_for(task, scheme, base, clips), tmp_path / "run")
     merged = merge(base, [run.path], tmp_path / "merged")
+    target = SCHEMES[scheme]["quant_type"]
     packs = [
-        pack(run.path, tmp_path / "from-run", to=scheme, base=base),
-        pack(merged.path, tmp_path / "from-merged", to=scheme),
+        pack(run.path, tmp_path / "from-run", to=target, base=base),
+        pack(merged.path, tmp_path / "from-merged", to=target),
     ]
     unmerged = load_model(run, resolve_source(str(base)))
     probe = read_probe(run.path)
@@ -105,6 +110,10 @@ def test_what_was_trained_is_what_is_packed(task, scheme, base_of, request, tmp_
     for name in files[0]:
         assert files[0].read_bytes(name) == files[1].read_bytes(name)
     assert np.abs(logits - probe.base).max() > 1e-3, "the adapter has to have done something"
+    found = codes_of(load_model(packs[0])).values()
+    zeros = [packed.zeros for packed in found if getattr(packed, "zeros", None) is not None]
+    assert len(zeros) == (len(found) if scheme.partition(" ")[2] or scheme == "int2" else 0)
+    assert all(part.is_floating_point() == scheme.endswith("fold") for part in zeros)
     onnx = export_onnx(packs[0].path, tmp_path / "onnx")
     assert farthest(replay(onnx, None, probe), logits, probe) <= 1e-4
     assert farthest(probe.base, logits, probe) > 1e-3  # negative control
