@@ -50,8 +50,14 @@ def exact_spec_for(checkpoint: Checkpoint, wanted: QuantSpec, selection: Selecti
     Raises:
         Unsupported: the layout holds scales in another dtype, or a layer that was quantized would not be packed.
     """
-    trained = checkpoint.manifest.quantization
+    trained, adapter = checkpoint.manifest.quantization, checkpoint.manifest.adapter
+    folded = adapter is not None and adapter.folded
     kept, held = _scales(trained), _scales(wanted)
+    if folded and held != "float32":
+        raise Unsupported(
+            f"{checkpoint.path}: its zero points are no whole numbers, and a file of {held} weights would round them; "
+            "merge with --dtype float32 and pack that"
+        )
     if wanted.backend != "bitsandbytes" and held not in ("float32", kept):
         raise Unsupported(
             f"{checkpoint.path}: its scales were trained in {kept}, and a file of {held} weights holds them in {held}; "
@@ -62,16 +68,9 @@ def exact_spec_for(checkpoint: Checkpoint, wanted: QuantSpec, selection: Selecti
         raise Unsupported(
             f"{checkpoint.path}: {left[0]!r} was quantized in training and cannot be packed"
         )
+    extras: dict[str, str] = {} if kept == "float32" else {SCALE_DTYPE: kept}
+    extras |= {ZERO_POINTS: "float32"} if folded else {}
     rounds: dict[str, object] = {"activation_bits": trained.activation_bits}
-    extras = {} if kept == "float32" else {SCALE_DTYPE: kept}
-    adapter = checkpoint.manifest.adapter
-    if adapter is not None and adapter.folded:
-        if held != "float32":
-            raise Unsupported(
-                f"{checkpoint.path}: its zero points are no whole numbers, and a file of {held} weights would round "
-                "them; merge with --dtype float32 and pack that"
-            )
-        extras |= {ZERO_POINTS: "float32"}
     rounds |= {"extras": {**wanted.extras, **extras}}
     if wanted.backend == "bitnet" and trained.activation_bits is None:
         rounds |= {"backend": "compressed-tensors"}  # BitNet's layers would round their inputs

@@ -47,7 +47,8 @@ SCALE_DTYPE = "scale_dtype"
 
 _LARGEST = {"int8": 127.0, "int4": 7.5}  # what absmax / scale is in the symmetric schemes
 _RANGES = {"int8": (-127, 127), "int4": (-8, 7), "int2": (-2, 1), "ternary": (-1, 1)}
-_SHRINKS = tuple(1 - at / 32 for at in range(24))  # what an int2 range is tried to be drawn in by
+_SHARES = (1.0, 1.5, *(1 - at / 32 for at in range(1, 24)))
+"""Of a range what int2 tries to cover. Half more lets a group that uses three levels only be rounded to itself."""
 _SMALLEST_MEAN = 1e-5  # below it BitNet takes 1e-5 as the mean magnitude
 
 
@@ -156,7 +157,7 @@ def quantize_integers(weight: Tensor, spec: QuantSpec) -> PackedIntegers:
     if symmetric:
         scales, zeros = _rounded(_symmetric_scales(blocks, scheme), dtype), None
     elif scheme == "int2":
-        scales, zeros = _best_shrunk(blocks, dtype)
+        scales, zeros = _best_share(blocks, dtype)
     else:
         scales, zeros = _asymmetric(blocks, scheme, dtype)
     codes = _nearest(blocks, scales, zeros, code_range(scheme, symmetric=symmetric))
@@ -212,27 +213,27 @@ def _nearest(
 
 
 def _asymmetric(
-    blocks: Tensor, scheme: IntegerScheme, dtype: str, shrink: float = 1.0
+    blocks: Tensor, scheme: IntegerScheme, dtype: str, share: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Scales, and zero points inside the grid; the range always contains 0, which stays exact.
 
-    Of the range only `shrink` is covered. The scales are rounded to `dtype` last.
+    `share` of the range is covered. The scales are rounded to `dtype` last.
     """
     low, high = _grid(scheme)
-    least = blocks.amin(dim=-1, keepdim=True).clamp(max=0) * shrink
-    scales = (blocks.amax(dim=-1, keepdim=True).clamp(min=0) * shrink - least) / (high - low)
+    least = blocks.amin(dim=-1, keepdim=True).clamp(max=0) * share
+    scales = (blocks.amax(dim=-1, keepdim=True).clamp(min=0) * share - least) / (high - low)
     return _rounded(scales, dtype), (low - least * _inverse(scales)).round().clamp(low, high)
 
 
-def _best_shrunk(blocks: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+def _best_share(blocks: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Scales and zero points of int2: of every block those with the least squared error, the first of equals.
 
     Errors are summed in float64, where the order of a sum does not decide between two candidates.
     """
     limits = _grid("int2")
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for shrink in _SHRINKS:
-        scales, zeros = _asymmetric(blocks, "int2", dtype, shrink)
+    for share in _SHARES:
+        scales, zeros = _asymmetric(blocks, "int2", dtype, share)
         values = (_nearest(blocks, scales, zeros, limits) - zeros) * scales.float()
         error = (values - blocks).square().sum(dim=-1, keepdim=True, dtype=torch.float64)
         found = (error, scales, zeros)

@@ -471,6 +471,8 @@ class Recipe(_Section):
                 "adapter.exact",
                 "fold takes int2, or int4 with symmetric: false, in groups; its zero points are what learns",
             )
+        if folded and section.scale_dtype != "float32":
+            raise misfit("quantization.scale_dtype", "is float32 with adapter.exact: fold")
 
     def _check_offload(self) -> None:
         """Offloaded weights are read twice a step and never written, nor looked at between layers."""
