@@ -6,8 +6,14 @@ The weight of an adapted layer is at every step of the training a weight of its 
 
 `place` is where the base's weight lies among its codes (`qlx.quant.grid`), `step` the mean distance of two codes, so
 that B A counts in the units of the weight and learning rates are LoRA's. Scales of integer codes learn, too:
-scale = scale0 * exp(l). The method is LR-QAT's (arXiv 2406.06385), with NF4 as one more grid. Merging writes the
-values of these codes, packing the codes; neither rounds anything again.
+scale = scale0 * exp(l), and so do zero points, zero = clip(round(zero0 + z)). The method is LR-QAT's (arXiv
+2406.06385), with NF4 as one more grid. Merging writes the values of these codes, packing the codes; neither rounds
+anything again.
+
+A *folded* adapter leaves the codes and moves zero points that are no whole numbers: QA-LoRA's way (arXiv 2309.14717),
+whose A [r, groups] sees the sum of each group's inputs, so that B A adds the same to all weights of a group:
+
+    weight = scale * (codes - zero'),  zero' = zero - scaling B A / scale
 
 B A is computed in float64 and rounded to float32 once: a sum of a few hundred products is then the same on any
 machine, however it is cut. The fingerprint of the codes is recorded, and checked by whoever makes them again.
@@ -31,6 +37,7 @@ from qlx.errors import CorruptCheckpoint, Mismatch, Unsupported
 from qlx.quant import (
     EXACT_SCHEMES,
     Grid,
+    Move,
     PackedTensor,
     linear_learned,
     names_part,
@@ -61,7 +68,9 @@ __all__ = [
 EXACT_FILE = "exact_adapter.safetensors"
 """The file of a packed-exact adapter. PEFT has no such type, and must not take it for a LoRA."""
 
-_A, _B, _SCALE = "lora_A", "lora_B", "lora_scale"
+_A, _B, _SCALE, _ZERO = "lora_A", "lora_B", "lora_scale", "lora_zero"
+_PARTS = (_A, _B, _SCALE, _ZERO)
+_FOLDS = ("int4", "int2")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Original = Callable[[str], Tensor | None]
@@ -70,58 +79,108 @@ Original = Callable[[str], Tensor | None]
 
 @dataclass(frozen=True)
 class ExactUpdate:
-    """What an adapter does to one packed weight: `a` [r, in], `b` [out, r], learned `log_scales` or None."""
+    """What an adapter does to one packed weight: `a` [r, in], `b` [out, r], learned `log_scales` and `zeros` or None.
+
+    Of a `folded` one `a` is [r, groups]. What learns is float32, scales and zeros in the shape of the grid's.
+    """
 
     a: Tensor
     b: Tensor
     scaling: float
     log_scales: Tensor | None = None
+    zeros: Tensor | None = None
+    folded: bool = False
 
     @property
     def empty(self) -> bool:
         """Whether nothing was ever trained."""
         moved = bool(self.a.any()) and bool(self.b.any())
-        return not moved and (self.log_scales is None or not bool(self.log_scales.any()))
+        learned = (self.log_scales, self.zeros)
+        return not moved and not any(part is not None and bool(part.any()) for part in learned)
 
     def applied(self, grid: Grid) -> PackedTensor:
         """The packed weight that training ended with."""
-        return grid.moved(correction(self.a, self.b, self.scaling / grid.step), self.log_scales)
+        return grid.moved(self._move(grid))
+
+    def values(self, grid: Grid) -> Tensor:
+        """Its values, float32 [out, in], differentiable in all that learns."""
+        return grid.values(self._move(grid))
+
+    def _move(self, grid: Grid) -> Move:
+        if self.folded:
+            folded = correction(self.a, self.b, self.scaling)
+            return Move(log_scales=self.log_scales, folded=folded)
+        steps = correction(self.a, self.b, self.scaling / grid.step)
+        return Move(steps, self.log_scales, self.zeros)
+
+    def shape(self, group_size: int | None) -> tuple[int, int]:
+        """The shape of the weight it moves, in groups of `group_size` inputs."""
+        width = group_size or 1 if self.folded else 1
+        return self.b.shape[0], self.a.shape[1] * width
+
+    def fits(self, grid: Grid) -> bool:
+        """Whether everything has the shape that the grid's weight wants."""
+        learned = [part.shape for part in (self.log_scales, self.zeros) if part is not None]
+        inner = grid.scale_shape if self.folded else grid.packed.shape
+        return self.shape(None) == inner and all(part == grid.scale_shape for part in learned)
 
 
 def correction(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """Factor * B A in steps, float32 [out, in]."""
+    """Factor * B A, float32 [out, in]."""
     return (b.double() @ a.double() * factor).float()
 
 
 class ExactLinear(nn.Module):
     """x [..., in] -> [..., out] with a packed weight whose codes an adapter moves.
 
-    The parameters `lora_A` [r, in], `lora_B` [out, r] and, where scales learn, `lora_scale` are float32. Values are
-    made in float32 and cast once to `compute_dtype` (that of x if None), as a packed layer makes them. `off`
-    leaves the base's own codes.
+    The parameters `lora_A` [r, in], `lora_B` [out, r] and, where they learn, `lora_scale` and `lora_zero` are float32,
+    and are what `ExactUpdate` says. Values are made in float32 and cast once to `compute_dtype` (that of x if None),
+    as a packed layer makes them. `off` leaves the base's own codes.
     """
 
     def __init__(
-        self, grid: Grid, layer: Any, *, rank: int, scaling: float, learned_scales: bool
+        self,
+        grid: Grid,
+        layer: Any,
+        *,
+        rank: int,
+        scaling: float,
+        learned_scales: bool,
+        folded: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = grid.packed.shape
-        self.grid, self.scaling, self.off = grid, scaling, False
+        self.grid, self.scaling, self.folded, self.off = grid, scaling, folded, False
         self.bias: nn.Parameter | None = layer.bias
         self.compute_dtype: torch.dtype | None = layer.compute_dtype
         self.activation_bits: int | None = getattr(layer, "activation_bits", None)
-        a = torch.empty(rank, self.in_features, dtype=torch.float32)
+        shape = grid.scale_shape
+        inner = shape[1] if folded and shape else self.in_features
+        a = torch.empty(rank, inner, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT's LoRA begins
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
-        shape = grid.scale_shape if learned_scales else None
-        self.lora_scale = None if shape is None else nn.Parameter(torch.zeros(shape))
+        learns = learned_scales and shape is not None
+        self.lora_scale = nn.Parameter(torch.zeros(shape)) if learns and shape else None
+        moves = learns and grid.has_zeros and not folded
+        self.lora_zero = nn.Parameter(torch.zeros(shape)) if moves and shape else None
 
     @property
     def update(self) -> ExactUpdate:
         """The adapter as it is now, sharing memory."""
-        scale = None if self.lora_scale is None else self.lora_scale.detach()
-        return ExactUpdate(self.lora_A.detach(), self.lora_B.detach(), self.scaling, scale)
+        return self._updated([part.detach() for part in self.learned.values()])
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The parameters that there are, by name."""
+        found = {name: getattr(self, name) for name in _PARTS}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def _updated(self, parts: Sequence[Tensor]) -> ExactUpdate:
+        """The update that values of `learned` make."""
+        named = dict(zip(self.learned, parts, strict=True))
+        scales, zeros = named.get(_SCALE), named.get(_ZERO)
+        return ExactUpdate(named[_A], named[_B], self.scaling, scales, zeros, self.folded)
 
     @property
     def packed(self) -> PackedTensor:
@@ -139,12 +198,13 @@ class ExactLinear(nn.Module):
         if self.off:
             y = nn.functional.linear(x.to(dtype), self.grid.packed.values().to(dtype))
         else:
-            scale = () if self.lora_scale is None else (self.lora_scale,)
-            make = partial(_values, self.grid, self.scaling / self.grid.step)
-            y = linear_learned(x.to(dtype), make, self.lora_A, self.lora_B, *scale)
+            y = linear_learned(x.to(dtype), self._values, *self.learned.values())
         if self.bias is not None:
             y += self.bias.to(dtype)
         return y.to(input.dtype)
+
+    def _values(self, *parts: Tensor) -> Tensor:
+        return self._updated(parts).values(self.grid)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> "ExactLinear":
         """The grid goes where the parameters go; its types never change."""
@@ -156,10 +216,6 @@ class ExactLinear(nn.Module):
         """Sizes, scheme and rank."""
         packed = self.grid.packed
         return f"{self.in_features}, {self.out_features}, {packed.scheme}, rank={len(self.lora_A)}"
-
-
-def _values(grid: Grid, factor: float, a: Tensor, b: Tensor, scale: Tensor | None = None) -> Tensor:
-    return grid.values(correction(a, b, factor), scale)
 
 
 def exact_layers(model: nn.Module) -> dict[str, ExactLinear]:
@@ -175,7 +231,8 @@ def attach_exact(
     `targets` are endings of names. The model gets a method `disable_adapter`, as PEFT's have.
 
     Raises:
-        Unsupported: a target is not quantized, or not on a grid of `EXACT_SCHEMES`.
+        Unsupported: a target is not quantized, or not on a grid of `EXACT_SCHEMES`, or its zero points are to be
+            moved and it has none.
     """
     packed = dict(packed_modules(model))
     chosen = [
@@ -221,8 +278,18 @@ def _exact(
         grid = Grid.of(packed_of_module(layer), weight)
     except Unsupported as error:
         raise Unsupported(f"adapter.exact: layer {name!r}: {error}") from error
+    if section.folded and not (grid.has_zeros and grid.packed.scheme in _FOLDS):
+        raise Unsupported(
+            f"adapter.exact: layer {name!r} has {grid.packed.scheme} codes; fold takes "
+            f"{' and '.join(_FOLDS)} ones with zero points"
+        )
     return ExactLinear(
-        grid, layer, rank=rank, scaling=scaling, learned_scales=section.learned_scales
+        grid,
+        layer,
+        rank=rank,
+        scaling=scaling,
+        learned_scales=section.learned_scales,
+        folded=section.folded,
     )
 
 
@@ -250,7 +317,7 @@ def _without(model: nn.Module, before: Mapping[str, Tensor]) -> Iterator[None]:
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:
     """What is trained beside the codes: parameters of modules that are saved whole."""
-    parts = {f"{name}.{part}" for name in exact_layers(model) for part in (_A, _B, _SCALE)}
+    parts = {f"{name}.{part}" for name in exact_layers(model) for part in _PARTS}
     trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
     return {name: value.detach() for name, value in trained if name not in parts}
 
@@ -259,10 +326,8 @@ def save_exact(model: nn.Module, directory: Path) -> None:
     """Write `exact_adapter.safetensors`, the same bytes every time; the manifest says the rest."""
     tensors = {name: value.cpu() for name, value in _whole(model).items()}
     for name, layer in exact_layers(model).items():
-        update = layer.update
-        tensors |= {f"{name}.{_A}": update.a.cpu(), f"{name}.{_B}": update.b.cpu()}
-        if update.log_scales is not None:
-            tensors[f"{name}.{_SCALE}"] = update.log_scales.cpu()
+        learned = layer.learned.items()
+        tensors |= {f"{name}.{part}": value.detach().cpu() for part, value in learned}
     write_tensors(Path(directory) / EXACT_FILE, tensors, metadata={"format": "pt"})
 
 
@@ -296,9 +361,11 @@ def read_exact(directory: Path, spec: AdapterSpec) -> ExactWeights:
 
 def _update(path: Path, name: str, tensors: dict[str, Tensor], spec: AdapterSpec) -> ExactUpdate:
     """The update of one module, whose tensors are taken out of `tensors`."""
-    found = [tensors.pop(f"{name}.{part}", None) for part in (_A, _B, _SCALE)]
-    a, b, scale = found
-    if a is None or b is None or (scale is None) == spec.learned_scales:
+    found = [tensors.pop(f"{name}.{part}", None) for part in _PARTS]
+    a, b, scale, zero = found
+    learns = spec.learned_scales
+    misplaced = (scale is None) == learns or (zero is not None and (spec.folded or not learns))
+    if a is None or b is None or misplaced:
         raise CorruptCheckpoint(f"{path}: not all tensors of the module {name!r} are there")
     rank = _of(spec.rank_pattern, name, spec.rank)
     fits = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == rank
@@ -310,7 +377,8 @@ def _update(path: Path, name: str, tensors: dict[str, Tensor], spec: AdapterSpec
             f"its rank is {rank}"
         )
     alpha = float(_of(spec.alpha_pattern, name, spec.alpha))
-    return ExactUpdate(a, b, scaling_of(alpha, rank, use_rslora=spec.use_rslora), scale)
+    scaling = scaling_of(alpha, rank, use_rslora=spec.use_rslora)
+    return ExactUpdate(a, b, scaling, scale, zero, spec.folded)
 
 
 def put_exact(
@@ -343,9 +411,8 @@ def put_exact(
 
 
 def _require_fit(where: Path, name: str, update: ExactUpdate, grid: Grid) -> None:
-    shape = (update.b.shape[0], update.a.shape[1])
-    scales = None if update.log_scales is None else tuple(update.log_scales.shape)
-    if shape != grid.packed.shape or scales not in (None, grid.scale_shape):
+    if not update.fits(grid):
+        shape = (update.b.shape[0], update.a.shape[1])
         raise Mismatch(
             f"{where}: the adapter's update of {name!r} is {[*shape]}, the base's weight {[*grid.packed.shape]}"
         )
@@ -391,4 +458,5 @@ def exact_spec(
         total_parameters=counts[1],
         learned_scales=any(layer.lora_scale is not None for layer in layers.values()),
         codes=codes,
+        folded=section.folded,
     )

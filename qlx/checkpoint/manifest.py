@@ -116,7 +116,7 @@ class QuantSpec(_Frozen):
     weight_bits: int | None = None
     activation_bits: int | None = None
     kv_cache_bits: int | None = None
-    scheme: Literal["nf4", "fp4", "int8", "int4", "ternary"] | None = None
+    scheme: Literal["nf4", "fp4", "int8", "int4", "int2", "ternary"] | None = None
     group_size: int | None = None
     symmetric: bool | None = None
     double_quant: bool = False
@@ -144,7 +144,8 @@ class AdapterSpec(_Frozen):
     that was not LoRA's usual way; of `pissa` the trained rank is half the stored one, `trained_rank`.
     `new_tokens` are the tokens that training added to the base's vocabulary. Of type `exact` (an adapter inside
     the rounding) `learned_scales` says whether scales were trained, and `codes` is the fingerprint of all packed
-    weights as training ended. These five are left out where they say nothing.
+    weights as training ended; `folded` says that it moves zero points instead of codes. These six are left out
+    where they say nothing.
     """
 
     type: Literal["lora", "vera", "exact", "full"] = "lora"
@@ -166,11 +167,12 @@ class AdapterSpec(_Frozen):
     new_tokens: tuple[str, ...] = ()
     learned_scales: bool = False
     codes: Digest | None = None
+    folded: bool = False
 
     @model_serializer(mode="wrap")
     def _without_what_is_usual(self, inner: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = inner(self)
-        rare = ("initialized", "trained_rank", "new_tokens", "learned_scales", "codes")
+        rare = ("initialized", "trained_rank", "new_tokens", "learned_scales", "codes", "folded")
         return {name: value for name, value in fields.items() if value or name not in rare}
 
 

@@ -32,7 +32,7 @@ from qlx.cli.session import Session
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "nf4", "fp4", "int8", "int4", "ternary"]),
+    type=click.Choice(["fp32", "fp16", "nf4", "fp4", "int8", "int4", "int2", "ternary"]),
     help="Precision of the linear weights (default: as the checkpoint has them).",
 )
 @click.option(

@@ -31,9 +31,9 @@ def _group_size(
 @options.base()
 @click.option(
     "--to",
-    type=click.Choice(["nf4", "fp4", "int8", "int4", "ternary", "gguf"]),
+    type=click.Choice(["nf4", "fp4", "int8", "int4", "int2", "ternary", "gguf"]),
     required=True,
-    help="Target format: nf4 and fp4 load with bitsandbytes, int8, int4 and ternary with compressed-tensors, "
+    help="Target format: nf4 and fp4 load with bitsandbytes, int8, int4, int2 and ternary with compressed-tensors, "
     "gguf in llama.cpp.",
 )
 @click.option(
@@ -81,7 +81,7 @@ def command(
     output: Path,
     force: bool,
     base: str | None,
-    to: Literal["nf4", "fp4", "int8", "int4", "ternary", "gguf"],
+    to: Literal["nf4", "fp4", "int8", "int4", "int2", "ternary", "gguf"],
     group_size: int | Literal["whole"] | None,
     double_quant: bool | None,
     gguf_type: str | None,

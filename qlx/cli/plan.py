@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qlx.planning import Setup, Shape
 
 RECIPE = click.Path(exists=True, dir_okay=False, path_type=Path)
-FORMATS = ["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "int4", "ternary"]
+FORMATS = ["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "int4", "int2", "ternary"]
 
 
 @options.command(

@@ -36,7 +36,7 @@ __all__ = [
     "export_onnx",
 ]
 
-INTEGERS = ("int8", "int4", "ternary")
+INTEGERS = ("int8", "int4", "int2", "ternary")
 PRECISIONS = ("fp32", "fp16", "nf4", "fp4", *INTEGERS)
 ACCURACY_LEVELS = (0, 4)
 """Of onnxruntime's kernels for packed integers: float32 products, or inputs rounded to 8 bits."""

@@ -162,7 +162,8 @@ def plan_merge(
         )
     as_trained = onto == "as-trained"
     seen = _seen_otherwise(weights, manifest.quantization) if as_trained else frozenset()
-    base = _Base(weights, manifest.adapter, str(config.get("model_type")), _tied(weights, config))
+    model_type, tied = str(config.get("model_type")), _tied(weights, config)
+    base = _Base(weights, manifest.adapter, model_type, tied, manifest.quantization.group_size)
     updates = _updates(base, adapter)
     if not updates.names:
         raise CheckFailed(NO_EFFECT)
@@ -196,6 +197,7 @@ class _Base:
     spec: AdapterSpec
     model_type: str
     tied: Tied | None
+    group_size: int | None
 
     def stored(self, name: str) -> tuple[str, tuple[int, ...]] | None:
         """Dtype and shape of a tensor; those of the embedding for a head that has none of its own."""
@@ -304,7 +306,7 @@ def _exact(base: _Base, adapter: AdapterWeights) -> dict[str, ExactUpdate]:
     found = {}
     for module, update in adapter.exact.items():
         name = base.spec.tensors[module]
-        shape = (update.b.shape[0], update.a.shape[1])
+        shape = update.shape(base.group_size)
         if name not in base.weights or base.weights[name].shape != shape:
             raise Mismatch(
                 f"{base.weights.directory}: no tensor {name!r} of shape {[*shape]}, which the adapter moves codes of"

@@ -33,13 +33,13 @@ __all__ = [
     "stored_entries",
 ]
 
-Scheme = Literal["nf4", "fp4", "int8", "int4", "ternary"]
+Scheme = Literal["nf4", "fp4", "int8", "int4", "int2", "ternary"]
 GroupSize = int | Literal["whole"] | None
 
 WHOLE: Literal["whole"] = "whole"
 """The group size that stands for one scale a row (int8, int4) or tensor (ternary)."""
 
-_BITS: dict[Scheme, int] = {"nf4": 4, "fp4": 4, "int8": 8, "int4": 4, "ternary": 2}
+_BITS: dict[Scheme, int] = {"nf4": 4, "fp4": 4, "int8": 8, "int4": 4, "int2": 2, "ternary": 2}
 _DEFAULT_GROUP: dict[Scheme, int | None] = {to: None if to == "int8" else 64 for to in _BITS}
 _BITNET_CLASS: Literal["autobitlinear"] = "autobitlinear"
 
@@ -49,11 +49,12 @@ def spec_for(
     before: QuantSpec,
     group_size: GroupSize = None,
     double_quant: bool | None = None,
+    zero_points: bool = False,
 ) -> QuantSpec:
     """How weights are packed to `to`.
 
     `before` is how they were quantized in training, from which double quantization is taken where
-    it is not given.
+    it is not given. int2 has `zero_points` always, other integers where they are asked for.
 
     Raises:
         UsageError: a group size or double quantization that `to` does not take.
@@ -64,7 +65,7 @@ def spec_for(
     trained = before.double_quant if before.quantized else True
     fields = {"double_quant": trained if double_quant is None else double_quant}
     if not blocks:
-        fields = {"symmetric": True}
+        fields = {"symmetric": to != "int2" and not zero_points}
     return QuantSpec(
         method="post-training",
         weight_bits=_BITS[to],

@@ -20,7 +20,7 @@ from qlx.checkpoint import (
 )
 from qlx.errors import Unsupported, UsageError
 from qlx.merging.companions import carry_probe, copy_companions, read_config, write_config
-from qlx.packing.exact import exact_spec_for, packs_exactly, trained_group
+from qlx.packing.exact import exact_spec_for, packs_exactly, trained_group, trained_zeros
 from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
 from qlx.packing.healing import Healed, Healing, heal
 from qlx.packing.layouts import (
@@ -48,8 +48,8 @@ from qlx.verification import DEFAULT_MIN_RETENTION, check_picture, prove
 
 __all__ = ["TARGETS", "Target", "pack"]
 
-Target = Literal["nf4", "fp4", "int8", "int4", "ternary", "gguf"]
-TARGETS: tuple[Target, ...] = ("nf4", "fp4", "int8", "int4", "ternary", "gguf")
+Target = Literal["nf4", "fp4", "int8", "int4", "int2", "ternary", "gguf"]
+TARGETS: tuple[Target, ...] = ("nf4", "fp4", "int8", "int4", "int2", "ternary", "gguf")
 """The formats that can be packed to."""
 
 Known = Callable[[str], PackedTensor | None]
@@ -81,7 +81,7 @@ def pack(
     """Round a model's linear weights to few bits and measure what is left of the fine-tuning.
 
     `checkpoint` is a merged one, a full run, or an adapter (merged on the fly onto `base`).
-    `group_size` input values share a scale, with `whole` those of a row (int8, int4) or the tensor
+    `group_size` input values share a scale, with `whole` those of a row (int8, int4, int2) or the tensor
     (ternary); by default 64, and a row for int8. `double_quant` defaults to what training used,
     `gguf_type` to Q8_0.
     `min_retention` gates 1 - KL(unmerged ‖ packed) / KL(unmerged ‖ base) on the probe. `healing` brings
@@ -97,8 +97,8 @@ def pack(
         raise UsageError(
             f"pack --to takes one of {', '.join(TARGETS)} and --min-retention a number from 0 to 1"
         )
-    if to == "gguf" and healing is not None:
-        raise UsageError("--heal: for --to nf4, fp4, int8, int4 or ternary, not for gguf")
+    if to in ("gguf", "int2") and healing is not None:
+        raise UsageError(f"--heal: for --to nf4, fp4, int8, int4 or ternary, not for {to}")
     if picture is not None:
         check_picture(picture)
     check_output(output, (checkpoint, base), force=force)
@@ -171,7 +171,8 @@ def _spec(
             raise UsageError("--gguf-type belongs to --to gguf; leave it out")
         if group_size is None:
             group_size = trained_group(manifest, to)
-        return spec_for(to, manifest.quantization, group_size, double_quant)
+        zeros = trained_zeros(manifest, to)
+        return spec_for(to, manifest.quantization, group_size, double_quant, zeros)
     if group_size is not None or double_quant is not None:
         raise UsageError(
             "--to gguf takes groups and scales as --gguf-type has them; leave out the rest"

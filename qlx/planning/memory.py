@@ -48,17 +48,17 @@ class WeightFormat:
 def weight_format(
     name: str, *, group_size: int = 64, double_quant: bool = False, scale_bytes: int = 2
 ) -> WeightFormat:
-    """The storage of `name`: float32, bfloat16, float16, nf4, fp4, int8, int4 or ternary.
+    """The storage of `name`: float32, bfloat16, float16, nf4, fp4, int8, int4, int2 or ternary.
 
     NF4 and FP4 keep one fp32 scale a group, or with double quantization one byte a group and one
-    fp32 scale for 256 groups (Dettmers et al. 2023, §3). int8 and int4 keep a scale of `scale_bytes`
+    fp32 scale for 256 groups (Dettmers et al. 2023, §3). int8, int4 and int2 keep a scale of `scale_bytes`
     and a zero of the codes' width a group; ternary a scale a group.
 
     Raises:
         UsageError: a name outside that list.
     """
     floats = {"float32": 32, "bfloat16": 16, "float16": 16}
-    integers = {"int8": 8, "int4": 4}
+    integers = {"int8": 8, "int4": 4, "int2": 2}
     if name in floats:
         return WeightFormat(name, floats[name], 0.0)
     if name in ("nf4", "fp4"):
@@ -70,7 +70,7 @@ def weight_format(
         return WeightFormat(name, 2, scale_bytes / group_size)
     raise UsageError(
         f"unknown weight format {name!r}: "
-        "float32, bfloat16, float16, nf4, fp4, int8, int4 and ternary are known"
+        "float32, bfloat16, float16, nf4, fp4, int8, int4, int2 and ternary are known"
     )
 
 

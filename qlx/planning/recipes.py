@@ -77,8 +77,10 @@ def _compressed_format(section: Mapping[str, Any]) -> WeightFormat | None:
     groups: Mapping[str, Any] = section.get("config_groups") or {}
     first: Any = next(iter(groups.values()), {})
     weights: Mapping[str, Any] = first.get("weights") or {}
-    scheme = {"2": "ternary", "4": "int4", "8": "int8"}.get(str(weights.get("num_bits")))
-    size = weights.get("group_size") or _WHOLE
+    two = "ternary" if weights.get("symmetric", True) else "int2"
+    scheme = {"2": two, "4": "int4", "8": "int8"}.get(str(weights.get("num_bits")))
+    block = weights.get("block_structure") or (1, None)
+    size = weights.get("group_size") or block[1] or _WHOLE
     return None if scheme is None else weight_format(scheme, group_size=size)
 
 

@@ -16,11 +16,16 @@ from qlx.quant.codec4bit import (
     levels,
     torch_dtype_of,
 )
-from qlx.quant.compressed import compressed_entries, compressed_section, packed_from_compressed
+from qlx.quant.compressed import (
+    ZERO_POINTS,
+    compressed_entries,
+    compressed_section,
+    packed_from_compressed,
+)
 from qlx.quant.export_linear import IntegerMatMul, PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.fit import fitted_ternary
-from qlx.quant.grid import EXACT_SCHEMES, Grid
+from qlx.quant.grid import EXACT_SCHEMES, Grid, Move
 from qlx.quant.grid_file import GRID_FILE, grid_entries, grid_names, packed_on_grid
 from qlx.quant.hf import bnb_config
 from qlx.quant.integer_linear import IntegerLinear
@@ -68,10 +73,12 @@ __all__ = [
     "SCALE_DTYPE",
     "SCHEMES",
     "STORED_BACKENDS",
+    "ZERO_POINTS",
     "Grid",
     "IntegerLinear",
     "IntegerMatMul",
     "Keep",
+    "Move",
     "NestedScales",
     "Packed4bit",
     "PackedIntegers",

@@ -85,9 +85,9 @@ class IntegerMatMul(nn.Module):
     """x [..., in] -> [..., out] with a weight of 2, 4 or 8 bits.
 
     Buffers: `weight_codes` uint8 [out, runs, bytes of a run], `weight_scales` float32 [out, runs], and
-    `weight_zeros` uint8 [out, bytes], None where the zero point is the middle; parameter `bias` [out] or
-    None. Where the columns of a scale do not lie together (GPTQ's `desc_act`) the weight's are reordered,
-    and so are the inputs, by `order` int64 [in].
+    `weight_zeros` uint8 [out, bytes], float32 [out, runs] where zero points are no whole numbers, None where they
+    are the middle; parameter `bias` [out] or None. Where the columns of a scale do not lie together (GPTQ's
+    `desc_act`) the weight's are reordered, and so are the inputs, by `order` int64 [in].
 
     Args:
         packed: the weight; its codes are stored as they are.
@@ -140,8 +140,14 @@ class IntegerMatMul(nn.Module):
         return repeated.expand(self.out_features, -1).contiguous()
 
     def _zero_points(self) -> Tensor | None:
-        zeros = self._packed.zeros
-        return None if zeros is None else pack_integers(self._for_each_run(zeros), self.bits)
+        if self._packed.zeros is None:
+            return None
+        zeros = self._for_each_run(self._packed.zeros)
+        if zeros.is_floating_point():
+            return zeros + (
+                1 << (self.bits - 1)
+            )  # counted from the lowest code, as the kernel does
+        return pack_integers(zeros, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product in float32."""

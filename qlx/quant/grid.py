@@ -8,6 +8,10 @@ it again changes nothing.
 
 NF4's levels are not evenly spaced. Codes are numbered in ascending order of level, and between two levels the
 place goes in a straight line from one number to the next.
+
+Scales and zero points of integer codes can be moved, too: whole zero points like codes, rounded and kept inside
+the grid. Or codes stay, and something that is the same for all values of a group goes into zero points that are
+no whole numbers any more: s (q - z) + C = s (q - (z - C / s)) (QA-LoRA, arXiv 2309.14717, equation 4).
 """
 
 from dataclasses import dataclass, replace
@@ -21,13 +25,30 @@ from qlx.quant.codec import PackedTensor
 from qlx.quant.codec4bit import Packed4bit, levels, pack_codes, unpack_codes
 from qlx.quant.integers import PackedIntegers, code_range, materialize
 
-__all__ = ["EXACT_SCHEMES", "Grid"]
+__all__ = ["EXACT_SCHEMES", "Grid", "Move"]
 
-EXACT_SCHEMES = ("nf4", "int8", "int4", "ternary")
+EXACT_SCHEMES = ("nf4", "int8", "int4", "int2", "ternary")
 """The schemes whose codes an adapter can move."""
 
 _PARTS = 256  # of a step, that fractions are counted in
 _LARGEST = 127
+
+
+@dataclass(frozen=True)
+class Move:
+    """What is done to a weight [out, in] on its grid; None leaves a part as it is. All float32.
+
+    Args:
+        correction: [out, in], added to the places of the codes, in steps.
+        log_scales: of the scales' shape; scales are multiplied by their exponential.
+        zeros: of the scales' shape; added to whole zero points, which are then rounded.
+        folded: of the scales' shape; added to every value of a group, by way of its zero point.
+    """
+
+    correction: Tensor | None = None
+    log_scales: Tensor | None = None
+    zeros: Tensor | None = None
+    folded: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,11 @@ class Grid:
         return float(_four_bit(self.packed).absmax.double().mean()) * 2 / 15
 
     @property
+    def has_zeros(self) -> bool:
+        """Whether its codes have zero points."""
+        return isinstance(self.packed, PackedIntegers) and self.packed.zeros is not None
+
+    @property
     def scale_shape(self) -> tuple[int, ...] | None:
         """The shape of scales that can be learned; None where they are fixed, as NF4's are."""
         return tuple(self.packed.scales.shape) if isinstance(self.packed, PackedIntegers) else None
@@ -105,46 +131,56 @@ class Grid:
         codes: Tensor = self.packed.codes  # type: ignore[attr-defined]
         return codes.device
 
-    def values(self, correction: Tensor, log_scales: Tensor | None = None) -> Tensor:
+    def values(self, move: Move) -> Tensor:
         """The weight's values once it is moved, float32 [out, in].
 
-        Differentiable: a code passes the gradient on to the correction as if it were not rounded, unless it
-        is pushed beyond the end of the grid (the straight-through estimator, arXiv 1308.3432).
-
-        Args:
-            correction: float32 [out, in], in steps.
-            log_scales: float32 of `scale_shape`; scales are multiplied by their exponential.
+        Differentiable: a code or zero point passes the gradient on as if it were not rounded, unless it is pushed
+        beyond the end of the grid (the straight-through estimator, arXiv 1308.3432).
         """
-        low, high = self.limits
-        place = self.places() + correction
-        inside = place.clamp(low - 0.5, high + 0.5)
-        passed = inside - inside.detach()  # zero, with the gradient of `inside`
-        codes = place.detach().round().clamp(low, high)
+        if move.correction is None:
+            codes, passed = self.codes(), None
+        else:
+            codes, passed = self._rounded(self.places() + move.correction)
         if isinstance(self.packed, PackedIntegers):
-            scales = self._scales(log_scales)
-            return materialize(codes + passed, scales, self.packed.zeros, self.packed.groups)
+            scales = self._scales(move.log_scales)
+            zeros = self._zeros(scales, move)
+            return materialize(
+                codes if passed is None else codes + passed, scales, zeros, self.packed.groups
+            )
         packed = _four_bit(self.packed)
         level = levels(packed.scheme).to(codes.device)
         slope = torch.gradient(level)[0]
         at = codes.int()
-        value = level[at] if not passed.requires_grad else level[at] + slope[at] * passed
+        value = level[at]
+        if passed is not None and passed.requires_grad:
+            value = value + slope[at] * passed
         return value * _spread(packed)
 
-    def moved(self, correction: Tensor, log_scales: Tensor | None = None) -> PackedTensor:
+    def moved(self, move: Move) -> PackedTensor:
         """The packed weight whose values `values` gives, bit for bit."""
         with torch.no_grad():
-            return self._with(self.places() + correction, log_scales)
+            places = self.codes() if move.correction is None else self.places() + move.correction
+            return self._with(places, move)
 
     def nearest(self, weight: Tensor) -> PackedTensor:
-        """The packed weight with the scales of this one that is nearest to a weight [out, in]."""
+        """The packed weight with the scales and zeros of this one that is nearest to a weight [out, in]."""
         with torch.no_grad():
-            return self._with(self._place_of(weight.float()), None)
+            return self._with(self._place_of(weight.float()), Move())
 
-    def _with(self, places: Tensor, log_scales: Tensor | None) -> PackedTensor:
+    def _rounded(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """What is nearest inside the grid, and a zero that has the gradient of not rounding."""
+        low, high = self.limits
+        inside = place.clamp(low - 0.5, high + 0.5)
+        return place.detach().round().clamp(low, high), inside - inside.detach()
+
+    def _with(self, places: Tensor, move: Move) -> PackedTensor:
         codes = places.round().clamp(*self.limits)
         if isinstance(self.packed, PackedIntegers):
-            packed = pack_integers(codes, self.packed.bits)
-            return replace(self.packed, codes=packed, scales=self._scales(log_scales))
+            packed, scales = pack_integers(codes, self.packed.bits), self._scales(move.log_scales)
+            zeros = self._zeros(scales, move)
+            if zeros is not None and self.packed.zeros is not None and move.folded is None:
+                zeros = zeros.to(self.packed.zeros.dtype)
+            return replace(self.packed, codes=packed, scales=scales, zeros=zeros)
         flat = codes.to(torch.uint8).reshape(-1)
         return replace(_four_bit(self.packed), codes=pack_codes(flat, fill=_ZERO))
 
@@ -155,6 +191,20 @@ class Grid:
         if log_scales is None:
             return scales
         return (scales.double() * log_scales.double().exp()).to(scales.dtype)
+
+    def _zeros(self, scales: Tensor, move: Move) -> Tensor | None:
+        """Zero points as moved, float32 where something was."""
+        assert isinstance(self.packed, PackedIntegers)
+        zeros = self.packed.zeros
+        if zeros is None:
+            return None
+        if move.zeros is not None:
+            whole, passed = self._rounded(zeros.float() + move.zeros)
+            zeros = whole + passed
+        if move.folded is None:
+            return zeros
+        never_zero = torch.where(scales == 0, 1.0, scales.float())  # a group of zeros has scale 0
+        return zeros.float() - move.folded / never_zero
 
     def _place_of(self, weight: Tensor) -> Tensor:
         """The place of every value of a weight, float32 [out, in]."""

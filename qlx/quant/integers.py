@@ -1,4 +1,4 @@
-"""Integer codes with scales: ternary, int4 and int8 weights, per group, row or tensor.
+"""Integer codes with scales: ternary, int2, int4 and int8 weights, per group, row or tensor.
 
 One function, `materialize`, turns codes, scales and zero points into values; training, merging and
 every reader of a foreign layout go through it, so they agree bit for bit. A weight [out, in] is cut
@@ -11,6 +11,8 @@ along its inputs into groups that share a scale. Where the codes and scales come
   grid of GPTQ (arXiv 2210.17323), rounded to nearest.
 - asymmetric: scale = range / (2^b - 1) and a zero point inside the grid, as in GPTQ and AWQ (arXiv
   2306.00978).
+- *int2* is always asymmetric. With four levels the ends of the range are worth less than what lies between,
+  so it is drawn in, by the factor that leaves the least squared error (the search of AWQ's clipping).
 """
 
 from dataclasses import dataclass
@@ -35,16 +37,18 @@ __all__ = [
     "quantize_integers",
 ]
 
-IntegerScheme = Literal["int8", "int4", "ternary"]
+IntegerScheme = Literal["int8", "int4", "int2", "ternary"]
 
-BITS: dict[IntegerScheme, int] = {"int8": 8, "int4": 4, "ternary": 2}
+BITS: dict[IntegerScheme, int] = {"int8": 8, "int4": 4, "int2": 2, "ternary": 2}
 """Bits a code takes, by scheme."""
 
 SCALE_DTYPE = "scale_dtype"
 """Key in `QuantSpec.extras`: the float type scales are rounded to before codes are chosen."""
 
 _LARGEST = {"int8": 127.0, "int4": 7.5}  # what absmax / scale is in the symmetric schemes
-_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "ternary": (-1, 1)}
+_RANGES = {"int8": (-127, 127), "int4": (-8, 7), "int2": (-2, 1), "ternary": (-1, 1)}
+_SHARES = (1.0, 1.5, *(1 - at / 32 for at in range(1, 24)))
+"""Of a range what int2 tries to cover. Half more lets a group that uses three levels only be rounded to itself."""
 _SMALLEST_MEAN = 1e-5  # below it BitNet takes 1e-5 as the mean magnitude
 
 
@@ -147,23 +151,26 @@ def quantize_integers(weight: Tensor, spec: QuantSpec) -> PackedIntegers:
 
     Raises:
         Unsupported: not a float matrix, inputs that are no multiple of the group size, an
-            asymmetric ternary, or an unknown scheme.
+            asymmetric ternary or symmetric int2, or an unknown scheme.
         InputRefused: NaN or infinite values, or scales too large for their dtype.
     """
     scheme = spec.scheme
-    if scheme not in ("int8", "int4", "ternary"):
-        raise Unsupported(f"integer scheme {scheme!r} is not one of int8, int4, ternary")
+    if scheme not in ("int8", "int4", "int2", "ternary"):
+        raise Unsupported(f"integer scheme {scheme!r} is not one of int8, int4, int2, ternary")
     symmetric = spec.symmetric is not False
     if scheme == "ternary" and not symmetric:
         raise Unsupported("ternary weights have no zero point; leave out symmetric: false")
+    if scheme == "int2" and symmetric:
+        raise Unsupported("int2 weights have zero points; leave out symmetric: true")
     blocks = _blocks(finite_float32(weight, scheme), spec.group_size, whole=scheme == "ternary")
-    scales, zeros = (
-        (_symmetric_scales(blocks, scheme), None) if symmetric else _asymmetric(blocks, scheme)
-    )
-    scales = _rounded(scales, str(spec.extras.get(SCALE_DTYPE, "float32")))
-    low, high = code_range(scheme, symmetric=symmetric)
-    codes = (blocks * _inverse(scales)).round()
-    codes = (codes if zeros is None else codes + zeros).clamp(low, high)
+    dtype = str(spec.extras.get(SCALE_DTYPE, "float32"))
+    if symmetric:
+        scales, zeros = _rounded(_symmetric_scales(blocks, scheme), dtype), None
+    elif scheme == "int2":
+        scales, zeros = _best_share(blocks, dtype)
+    else:
+        scales, zeros = _asymmetric(blocks, scheme, dtype)
+    codes = _nearest(blocks, scales, zeros, code_range(scheme, symmetric=symmetric))
     shape = (int(weight.shape[0]), int(weight.shape[1]))
     return PackedIntegers(
         codes=pack_integers(codes.reshape(shape), BITS[scheme]),
@@ -207,12 +214,47 @@ def _grid(scheme: IntegerScheme) -> tuple[int, int]:
     return -half, half - 1
 
 
-def _asymmetric(blocks: Tensor, scheme: IntegerScheme) -> tuple[Tensor, Tensor]:
-    """Scales, and zero points inside the grid; the range always contains 0, which stays exact."""
+def _nearest(
+    blocks: Tensor, scales: Tensor, zeros: Tensor | None, limits: tuple[int, int]
+) -> Tensor:
+    """The codes nearest to values cut into blocks."""
+    codes = (blocks * _inverse(scales)).round()
+    return (codes if zeros is None else codes + zeros).clamp(*limits)
+
+
+def _asymmetric(
+    blocks: Tensor, scheme: IntegerScheme, dtype: str, share: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Scales, and zero points inside the grid; the range always contains 0, which stays exact.
+
+    `share` of the range is covered. The scales are rounded to `dtype` last.
+    """
     low, high = _grid(scheme)
-    least = blocks.amin(dim=-1, keepdim=True).clamp(max=0)
-    scales = (blocks.amax(dim=-1, keepdim=True).clamp(min=0) - least) / (high - low)
-    return scales, (low - least * _inverse(scales)).round().clamp(low, high)
+    least = blocks.amin(dim=-1, keepdim=True).clamp(max=0) * share
+    scales = (blocks.amax(dim=-1, keepdim=True).clamp(min=0) * share - least) / (high - low)
+    return _rounded(scales, dtype), (low - least * _inverse(scales)).round().clamp(low, high)
+
+
+def _best_share(blocks: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of int2: of every block those with the least squared error, the first of equals.
+
+    Errors are summed in float64, where the order of a sum does not decide between two candidates.
+    """
+    limits = _grid("int2")
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for share in _SHARES:
+        scales, zeros = _asymmetric(blocks, "int2", dtype, share)
+        values = (_nearest(blocks, scales, zeros, limits) - zeros) * scales.float()
+        error = (values - blocks).square().sum(dim=-1, keepdim=True, dtype=torch.float64)
+        found = (error, scales, zeros)
+        if best is not None:
+            better = error < best[0]
+            found = tuple(
+                torch.where(better, new, old) for new, old in zip(found, best, strict=True)
+            )  # type: ignore[assignment]
+        best = found
+    assert best is not None
+    return best[1], best[2]
 
 
 def _inverse(scales: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ class StoredQuantization:
                 bits=self.bits,
                 group_size=self.group_size,
                 other_bits=self.other_bits,
+                symmetric=self.symmetric,
             )
         return packed_from_gptq(
             entries,
@@ -247,13 +248,16 @@ def _compressed(section: Mapping[str, Any]) -> StoredQuantization:
             "config_groups; pack-quantized can be read"
         )
     found = [group.get("weights") or {} for group in groups]
+    symmetric = {weights.get("symmetric", True) is True for weights in found}
+    blocks = [weights.get("block_structure") or (1, weights.get("group_size")) for weights in found]
     unread = {
-        "zero points": any(weights.get("symmetric", True) is not True for weights in found),
+        "zero points in some layers only": len(symmetric) > 1,
+        "blocks of several rows": any(rows != 1 for rows, _ in blocks),
         "codes of floats": any(weights.get("type", "int") != "int" for weights in found),
         "reordered groups": any(weights.get("actorder") is not None for weights in found),
         "rounded inputs": any(group.get("input_activations") is not None for group in groups),
         "a transform": section.get("transform_config") not in (None, {}),
-        "groups of several sizes": len({weights.get("group_size") for weights in found}) > 1,
+        "groups of several sizes": len({size for _, size in blocks}) > 1,
     }
     for what, is_found in unread.items():
         if is_found:
@@ -261,10 +265,10 @@ def _compressed(section: Mapping[str, Any]) -> StoredQuantization:
     bits, *others = (int(weights.get("num_bits", 8)) for weights in found)
     return StoredQuantization(
         method="compressed-tensors",
-        scheme=compressed_scheme(bits),
+        scheme=compressed_scheme(bits, symmetric=True in symmetric),
         bits=bits,
-        group_size=found[0].get("group_size"),
-        symmetric=True,
+        group_size=blocks[0][1],
+        symmetric=True in symmetric,
         other_bits=tuple(sorted({*others} - {bits})),
     )
 

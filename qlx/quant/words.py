@@ -22,18 +22,17 @@ from qlx.quant.integers import BITS, IntegerScheme, PackedIntegers, packed_from_
 __all__ = ["packed_from_awq", "packed_from_gptq", "scheme_of_bits", "unpack_words"]
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_SCHEMES: dict[int, IntegerScheme] = {4: "int4", 8: "int8"}
+_SCHEMES: dict[int, IntegerScheme] = {2: "int2", 4: "int4", 8: "int8"}
 
 
 def scheme_of_bits(method: str, bits: int) -> IntegerScheme:
     """The integer scheme of a method's codes.
 
     Raises:
-        Unsupported: AWQ with other than 4 bits, GPTQ with other than 4 and 8.
+        Unsupported: AWQ with other than 4 bits, GPTQ with other than 2, 4 and 8.
     """
     if bits not in _SCHEMES or (method == "awq" and bits != 4):
         reasons = {
-            2: "a 2-bit grid with zero points has no scheme here (ternary has no zero point)",
             3: "3-bit codes lie across words",
             8: "AWQ defines 4-bit codes only",
         }

@@ -200,7 +200,9 @@ class AdapterSection(_Section):
     Of a `vera` adapter all layers share two frozen random matrices of `rank`, drawn with
     `projection_prng_key`; two vectors a layer are trained, the inner one beginning at `d_initial`.
     `exact` puts a LoRA inside the rounding of a quantized base: what is trained is what the packed format holds, so
-    that merging and packing change nothing; scales of integer codes learn with it (`learned_scales`).
+    that merging and packing change nothing; scales and zero points of integer codes learn with it
+    (`learned_scales`). `exact: fold` leaves the codes, and what it learns goes into zero points that are no whole
+    numbers (QA-LoRA).
     `init_lora_weights` are PEFT's names (`true` is `default`). `new_tokens` are texts that become single
     tokens of a language model; their rows in embedding and head are trained with the adapter.
     """
@@ -213,7 +215,7 @@ class AdapterSection(_Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
-    exact: bool = False
+    exact: bool | Literal["fold"] = False
     learned_scales: bool = True
     init_lora_weights: Initialisation = "default"
     rank_pattern: dict[Pattern, Positive] = Field(default_factory=dict)
@@ -258,6 +260,11 @@ class AdapterSection(_Section):
         return self
 
     @property
+    def folded(self) -> bool:
+        """Whether it moves zero points instead of codes."""
+        return self.exact == "fold"
+
+    @property
     def initialisation(self) -> Literal["default", "gaussian", "pissa", "loftq"]:
         """How A and B begin, without the number of iterations that PiSSA may take."""
         name = self.init_lora_weights.partition("_niter_")[0]
@@ -281,11 +288,12 @@ class QuantizationSection(_Section):
     """Quantization of the frozen base; absent means the base stays as it is.
 
     `double_quant`, `block_size` and mode `hf` are for nf4 and fp4; `group_size` (`whole`: one scale
-    a row, for ternary one a tensor), `symmetric` and `scale_dtype` for int8, int4 and ternary;
-    `activation_bits` for ternary, whose layers then round their inputs as BitNet does.
+    a row, for ternary one a tensor) and `scale_dtype` for int8, int4, int2 and ternary; `symmetric` for int8 and
+    int4 (false gives them zero points, which int2 always has); `activation_bits` for ternary, whose layers then
+    round their inputs as BitNet does.
     """
 
-    quant_type: Literal["nf4", "fp4", "int8", "int4", "ternary"] = "nf4"
+    quant_type: Literal["nf4", "fp4", "int8", "int4", "int2", "ternary"] = "nf4"
     double_quant: bool = True
     compute_dtype: Dtype = "float32"
     block_size: Literal[64, 128, 256, 512] = 64
@@ -299,9 +307,10 @@ class QuantizationSection(_Section):
     @model_validator(mode="before")
     @classmethod
     def _no_double_integers(cls, value: Any) -> Any:
-        """Double quantization is the default of nf4 and fp4 only."""
+        """Double quantization is the default of nf4 and fp4 only, and int2 is never symmetric."""
         if isinstance(value, dict) and value.get("quant_type", "nf4") not in _BLOCKED:
-            return {"double_quant": False, **value}
+            usual = {"symmetric": False} if value.get("quant_type") == "int2" else {}
+            return {"double_quant": False, **usual, **value}
         return value
 
     @model_validator(mode="after")
@@ -313,10 +322,10 @@ class QuantizationSection(_Section):
             wrong = {"block_size"} & given
             wrong |= {"double_quant"} if self.double_quant else set()
             wrong |= {"mode"} if self.mode == "hf" else set()
-            wrong |= (
-                {"activation_bits"} if self.activation_bits and self.weight_bits != 2 else set()
-            )
-            wrong |= {"symmetric"} if self.weight_bits == 2 and not self.symmetric else set()
+            rounds = self.activation_bits and self.quant_type != "ternary"
+            wrong |= {"activation_bits"} if rounds else set()
+            never = {"ternary": False, "int2": True}.get(self.quant_type)
+            wrong |= {"symmetric"} if self.symmetric == never else set()
         if wrong:
             raise ValueError(f"{min(wrong)} does not apply to quant_type {self.quant_type!r}")
         return self
@@ -324,7 +333,7 @@ class QuantizationSection(_Section):
     @property
     def weight_bits(self) -> int:
         """Bits that the code of one weight takes."""
-        return {"int8": 8, "ternary": 2}.get(self.quant_type, 4)
+        return {"int8": 8, "int2": 2, "ternary": 2}.get(self.quant_type, 4)
 
     @property
     def values_per_scale(self) -> int | None:
@@ -450,13 +459,22 @@ class Recipe(_Section):
         if adapter.new_tokens and self.task != "causal-lm":
             raise misfit("adapter.new_tokens", f"are for language models, not for {self.task}")
         if adapter.exact and self.quantization is not None:
-            if self.quantization.quant_type == "fp4":
-                raise misfit("adapter.exact", "takes nf4, int8, int4 or ternary codes, not fp4")
-            if not self.quantization.symmetric:
-                raise misfit(
-                    "adapter.exact",
-                    "takes symmetric codes; leave out symmetric: false",
-                )
+            self._check_exact(self.quantization, folded=adapter.folded)
+
+    @staticmethod
+    def _check_exact(section: QuantizationSection, *, folded: bool) -> None:
+        kind, zeros = section.quant_type, not section.symmetric
+        if kind == "fp4":
+            raise misfit("adapter.exact", "takes nf4, int8, int4, int2 or ternary codes, not fp4")
+        if kind == "int8" and zeros:
+            raise misfit("adapter.exact", "takes symmetric int8 codes; leave out symmetric: false")
+        if folded and (not zeros or section.values_per_scale is None):
+            raise misfit(
+                "adapter.exact",
+                "fold takes int2, or int4 with symmetric: false, in groups; its zero points are what learns",
+            )
+        if folded and section.scale_dtype != "float32":
+            raise misfit("quantization.scale_dtype", "is float32 with adapter.exact: fold")
 
     def _check_offload(self) -> None:
         """Offloaded weights are read twice a step and never written, nor looked at between layers."""

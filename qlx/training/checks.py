@@ -160,7 +160,7 @@ def _check_model(recipe: Recipe, base: Path | None, train: Loaded) -> _Findings:
 def _learned_scales(
     model: Any, recipe: Recipe, adapted: Iterable[str], quantized: Iterable[str]
 ) -> int:
-    """How many scales an exact adapter learns.
+    """How many parameters an exact adapter has more than a LoRA: scales, and zero points; a folded A is narrower.
 
     Raises:
         Unsupported: it would move the codes of a layer that has none.
@@ -171,13 +171,23 @@ def _learned_scales(
     if plain:
         raise Unsupported(not_quantized(plain[0]))
     section, adapter = recipe.quantization, recipe.adapter
-    if section is None or section.quant_type == "nf4" or not (adapter and adapter.learned_scales):
+    if section is None or section.quant_type == "nf4" or adapter is None:
         return 0
     group, inner = section.values_per_scale, model.get_base_model()
-    if group is None and section.quant_type == "ternary":
-        return len(list(adapted))
-    shapes = (inner.get_submodule(name).get_base_layer().weight.shape for name in adapted)
-    return sum(rows * (columns // (group or columns)) for rows, columns in shapes)
+    layers = {name: inner.get_submodule(name) for name in adapted}
+    shapes = {name: layer.get_base_layer().weight.shape for name, layer in layers.items()}
+    whole = group is None and section.quant_type == "ternary"
+    scales = sum(
+        1 if whole else rows * (columns // (group or columns)) for rows, columns in shapes.values()
+    )
+    learned: int = scales if adapter.learned_scales else 0
+    if not adapter.folded:
+        return learned * (1 if section.symmetric else 2)
+    narrower = (
+        layer.r["default"] * (columns - columns // (group or columns))
+        for layer, (_, columns) in zip(layers.values(), shapes.values(), strict=True)
+    )
+    return learned - int(sum(narrower))
 
 
 def _new_ids(recipe: Recipe, base: Path) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""int8, int4 and ternary: the gate, the layouts, and plain transformers loading what was written."""
+"""int8, int4, int2 and ternary: the gate, the layouts, and plain transformers loading what was written."""
 
 import json
 import os
@@ -50,6 +50,15 @@ def packed(tmp_path_factory, bases, merged, on_grid):
                 min_retention=0.8,
             )
         for group in (32, WHOLE):
+            made[kind, "int2", group] = pack(
+                merged[kind].path,
+                root / f"{kind}-int2-{group}",
+                to="int2",
+                group_size=group,
+                base=bases[kind],
+                min_retention=0,
+            )
+        for group in (32, WHOLE):
             made[kind, "ternary", group] = pack(
                 on_grid[kind].path,
                 root / f"{kind}-ternary-{group}",
@@ -69,7 +78,7 @@ def test_a_large_delta_survives_and_every_result_verifies(packed):
         kept = report.comparisons["reference"].retention
         options = checkpoint.manifest.lineage[-1].options
         assert options["group_size"] == group or group is None
-        if (to, group) != ("ternary", 32):
+        if to != "int2" and (to, group) != ("ternary", 32):
             assert options["weight_retention"] > 0.98
             assert kept > (0.99 if to == "int8" else 0.8)
 
@@ -190,7 +199,7 @@ def test_only_bitnet_rounds_inputs_and_is_replayed_so(packed):
     assert rounded == {("llama", "ternary", WHOLE): 8}
 
 
-@pytest.mark.parametrize(("to", "group"), [("int4", None), ("ternary", 32)])
+@pytest.mark.parametrize(("to", "group"), [("int4", None), ("int2", 32), ("ternary", 32)])
 def test_a_packed_directory_is_a_base(tmp_path, packed, to, group):
     base = packed["llama", to, group].path
     stored = stored_quantization(json.loads((base / "config.json").read_text())).spec()
@@ -202,7 +211,7 @@ def test_a_packed_directory_is_a_base(tmp_path, packed, to, group):
 @pytest.mark.parametrize(
     ("to", "options", "says"),
     [
-        ("int2", {}, "nf4, fp4, int8, int4, ternary"),
+        ("int3", {}, "nf4, fp4, int8, int4, int2, ternary"),
         ("int4", {"group_size": 48}, "int4 takes one of 32, 64, .* or whole"),
         ("nf4", {"group_size": WHOLE}, "nf4 takes one of"),
         ("int4", {"double_quant": True}, "int4 has no scales of 8 bits"),
@@ -218,6 +227,7 @@ THEORY = {
     ("int8", None): 8 + 32 / 64,  # a row of 64 or 128 shares a scale here
     ("int8", 32): 8 + 32 / 32,
     ("int4", None): 4 + 32 / 64,
+    ("int2", 32): 2 + 32 / 32 + 2 / 32,
     ("ternary", 32): 2 + 32 / 32,
 }
 
@@ -227,7 +237,8 @@ def test_sizes_are_those_of_theory(packed, case):
     checkpoint = packed["llama", *case]
     spec, after = checkpoint.manifest.quantization, read_tensors(checkpoint.path)
     stems = [name.removesuffix("weight") for name in spec.tensors]
-    size = sum(after[s + part].nbytes for s in stems for part in ("weight_packed", "weight_scale"))
+    parts = ("weight_packed", "weight_scale", "weight_zero_point")
+    size = sum(after[s + part].nbytes for s in stems for part in parts if s + part in after)
     weights = sum(int(after[s + "weight_shape"].prod()) for s in stems)
     assert THEORY[case] - 0.13 < 8 * size / weights <= THEORY[case]
 

@@ -1,5 +1,7 @@
 """The layout of compressed-tensors against the library itself, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from qlx.checkpoint import QuantSpec
 from qlx.errors import CorruptCheckpoint, Unsupported
 from qlx.quant import (
     SCALE_DTYPE,
+    ZERO_POINTS,
     compressed_entries,
     compressed_section,
     dequantize_tensor,
@@ -18,14 +21,23 @@ from qlx.quant import (
 theirs = pytest.importorskip("compressed_tensors.compressors")
 config = pytest.importorskip("compressed_tensors.quantization")
 BITS = {"int8": 8, "int4": 4, "ternary": 2}
+WITH_ZEROS = ("int8", "int4", "int2")
 NAME = "model.layer.weight"
 
 
-def packed(scheme, group_size=32, dtype="float32", columns=96):
+def packed(scheme, group_size=32, dtype="float32", columns=96, symmetric=True):
     torch.manual_seed(0)
-    spec = QuantSpec(scheme=scheme, group_size=group_size, extras={SCALE_DTYPE: dtype})
+    extras = {SCALE_DTYPE: dtype}
+    spec = QuantSpec(scheme=scheme, group_size=group_size, symmetric=symmetric, extras=extras)
     weight = torch.randn(24, columns).to(getattr(torch, dtype))
     return quantize_tensor(weight, spec), spec
+
+
+def with_fractions(scheme):
+    """A weight with zero points that are no whole numbers, as a folded adapter leaves it."""
+    ours, spec = packed(scheme, symmetric=False)
+    zeros = ours.zeros + 0.3 * torch.randn(ours.zeros.shape)
+    return replace(ours, zeros=zeros), spec.model_copy(update={"extras": {ZERO_POINTS: "float32"}})
 
 
 def decompressed(entries, spec):
@@ -77,10 +89,62 @@ def test_rows_that_are_no_whole_words_are_filled_up():
     assert torch.equal(again.values(), ours.values())
 
 
-def test_zero_points_are_not_written():
-    spec = QuantSpec(scheme="int4", group_size=32, symmetric=False)
-    with pytest.raises(Unsupported, match="zero points"):
-        compressed_entries(quantize_tensor(torch.randn(8, 64), spec), NAME)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group_size", [32, None])
+@pytest.mark.parametrize("scheme", WITH_ZEROS)
+def test_zero_points_are_the_librarys_too(scheme, group_size, dtype):
+    ours, spec = packed(scheme, group_size, dtype, symmetric=False)
+    assert ours.zeros.any()
+    entries = compressed_entries(ours, NAME)
+    values = dequantize_tensor(ours)
+    assert torch.equal(decompressed(entries, spec), values)
+    section = compressed_section(spec, ("lm_head",))
+    stored = stored_quantization({"quantization_config": section})
+    again = stored.read(entries, NAME)
+    assert again.identity()[0] == ours.identity()[0]
+    assert all(torch.equal(*pair) for pair in zip(again.parts, ours.parts, strict=True))
+    assert (stored.spec().scheme, stored.spec().symmetric) == (scheme, False)
+    assert section["dequantize"] is True  # or transformers would look for unpacked ones
+    entries["model.layer.weight_zero_point"][1, 0] ^= 1  # negative control
+    wrong = decompressed(entries, spec) != values
+    assert wrong.any(dim=1).sum() == 1
+    assert stored.read(entries, NAME).zeros.ne(ours.zeros).sum() == 1
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int2"])
+def test_zero_points_that_are_no_whole_numbers_are_kept_as_they_are(scheme):
+    ours, spec = with_fractions(scheme)
+    entries, values = compressed_entries(ours, NAME), dequantize_tensor(ours)
+    assert torch.equal(decompressed(entries, spec), values)
+    section = compressed_section(spec, ())
+    again = stored_quantization({"quantization_config": section}).read(entries, NAME)
+    assert again.identity()[0] == ours.identity()[0]
+    assert all(torch.equal(*pair) for pair in zip(again.parts, ours.parts, strict=True))
+    entries["model.layer.weight_zero_point"] *= 1.001  # negative control
+    assert not torch.equal(decompressed(entries, spec), values)
+
+
+def test_reordered_groups_are_not_written():
+    ours, _ = packed("int4")
+    with pytest.raises(Unsupported, match="reordered groups"):
+        compressed_entries(replace(ours, groups=torch.arange(96).int() % 3), NAME)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"symmetric": False}, "zero points in some layers only"),
+        ({"group_size": 64}, "groups of several sizes"),
+        ({"strategy": "block", "group_size": None, "block_structure": [2, 32]}, "several rows"),
+    ],
+)
+def test_descriptions_that_are_not_read_are_named(change, says):
+    section = compressed_section(packed("int4")[1], ())
+    other = {"targets": ["mlp"], "weights": {**section["config_groups"]["group_0"]["weights"]}}
+    other["weights"] |= change
+    section["config_groups"]["group_1"] = other
+    with pytest.raises(Unsupported, match=says):
+        stored_quantization({"quantization_config": section})
 
 
 @pytest.mark.parametrize(

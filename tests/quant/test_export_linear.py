@@ -133,6 +133,7 @@ def run(net, x, path):
         {"scheme": "int4", "group": 96},  # in runs of 32
         {"scheme": "int4", "group": 16, "symmetric": False},
         {"scheme": "int4", "group": None, "columns": 100},  # the last run is not full
+        {"scheme": "int2", "group": 32, "symmetric": False},
         {"scheme": "ternary", "group": 64},
         {"scheme": "ternary", "group": None, "columns": 24},
         {"scheme": "ternary", "group": None, "activation_bits": 8},
@@ -187,6 +188,27 @@ def test_columns_in_another_order_are_put_in_order(symmetric, tmp_path):
         assert relative(acting, packed.values()) < 1e-6  # as verify reads it
         net[0].order = net[0].order.flip(0)  # negative control
         assert relative(run(net, x, tmp_path / "model.onnx")[0], x @ packed.values().T) > 0.1
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int2"])
+def test_zero_points_that_are_no_whole_numbers(scheme, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    half = {"int4": 8, "int2": 2}[scheme]
+    packed = packed_from_codes(
+        torch.randint(-half, half, (40, 128), generator=generator),
+        torch.rand(40, 4, generator=generator) + 0.5,
+        zeros=half * (torch.rand(40, 4, generator=generator) - 0.5),
+        scheme=scheme,
+        dtype=torch.float32,
+        group_size=32,
+    )
+    net = nn.Sequential(IntegerMatMul(packed, None))
+    x = torch.randn(3, 128, generator=generator)
+    with torch.no_grad():
+        output, _ = run(net, x, tmp_path / "model.onnx")
+        assert relative(output, x @ packed.values().T) < 1e-5
+        net[0].weight_zeros = net[0].weight_zeros.round()  # negative control
+        assert relative(run(net, x, tmp_path / "model.onnx")[0], x @ packed.values().T) > 0.05
 
 
 def test_groups_that_the_kernel_does_not_take_are_refused():

@@ -95,7 +95,6 @@ def test_reading_goes_to_the_reader_of_the_layout():
         (compressed(format="nvfp4-pack-quantized"), "'nvfp4-pack-quantized' with 1"),
         (compressed(config_groups={}), "with 0 config_groups"),
         (compressed(num_bits=3), "of 3 bits"),
-        (compressed(symmetric=False), "with zero points"),
         (compressed(type="float"), "with codes of floats"),
         (compressed(actorder="group"), "with reordered groups"),
         (compressed(input_activations={"num_bits": 8}), "with rounded inputs"),

@@ -11,7 +11,7 @@ SHAPES = ((1024, 1024), (256, 1024), (2816, 1024), (1024, 2816))
 
 
 def spec(scheme, **fields):
-    bits = {"ternary": 2, "int8": 8}.get(scheme, 4)
+    bits = {"ternary": 2, "int2": 2, "int8": 8}.get(scheme, 4)
     return QuantSpec(
         method="qlora", weight_bits=bits, scheme=scheme, compute_dtype="float32", **fields
     )
@@ -24,6 +24,7 @@ LIMITS = {  # most bytes a weight, as a share of bf16's two
     "nf4, blocks of 128": (spec("nf4", group_size=128), 0.267),
     "int8": (spec("int8"), 0.503),
     "int4": (spec("int4", group_size=128), 0.267),
+    "int2": (spec("int2", group_size=128, symmetric=False), 0.145),
     "ternary": (spec("ternary", group_size=128), 0.142),
     "ternary, groups of 64": (spec("ternary", group_size=64), 0.16),
     "ternary, whole": (spec("ternary"), 0.1255),

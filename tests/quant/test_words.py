@@ -65,7 +65,7 @@ def test_words_are_read_lowest_bits_first(bits):
     assert unpack_words(words(table, bits), bits).tolist() != table[:, ::-1].tolist()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("less_one", [True, False], ids=["gptq", "gptq_v2"])
 @pytest.mark.parametrize("act_order", [False, True])
@@ -139,7 +139,7 @@ def test_awq_values_and_order():
     assert not same(packed_from_awq(entries, "l.weight"), values)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5])
+@pytest.mark.parametrize("bits", [3, 5])
 def test_other_bits_are_refused_with_the_reason(bits):
     entries, _ = gptq()
     with pytest.raises(Unsupported, match=f"gptq with {bits} bits is not supported: .+"):

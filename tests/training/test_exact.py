@@ -20,15 +20,20 @@ from qlx.training.trainers import StrictTrainer
 from qlx.verification import replay, verify
 from qlx.weights import open_weights, read_tensors, write_tensors
 from tests.conftest import DIGITS_RUN, PYTHON_RUN, TENNIS_RUN, recipe_of
+from tests.isolation import DISTANCE, run_without
 
 SCHEMES = {
     "nf4": {"quant_type": "nf4"},
     "int8": {"quant_type": "int8"},
     "int4": {"quant_type": "int4", "group_size": 32},
     "ternary": {"quant_type": "ternary", "group_size": 32},
+    "int4 zeros": {"quant_type": "int4", "group_size": 32, "symmetric": False},
+    "int2": {"quant_type": "int2", "group_size": 32},
+    "int4 fold": {"quant_type": "int4", "group_size": 32, "symmetric": False},
+    "int2 fold": {"quant_type": "int2", "group_size": 32},
 }
 TASKS = {"digits": DIGITS_RUN, "python": PYTHON_RUN, "tennis": TENNIS_RUN}
-QUICK = {("digits", "nf4"), ("python", "int4")}
+QUICK = {("digits", "nf4"), ("python", "int4"), ("python", "int2"), ("digits", "int4 fold")}
 EXACT = {"rank": 4, "alpha": 6, "exact": True}
 
 
@@ -47,7 +52,7 @@ def recipe_for(task, scheme, base, clips=None, seed=0, rate=4e-3, **adapter):
         content,
         base,
         data=data,
-        adapter={**EXACT, **adapter},
+        adapter={**EXACT, "exact": "fold" if scheme.endswith("fold") else True, **adapter},
         quantization=SCHEMES[scheme],
         training=training,
     )
@@ -85,9 +90,10 @@ def test_what_was_trained_is_what_is_packed(task, scheme, base_of, request, tmp_
     clips = request.getfixturevalue("tennis_clips") if task == "tennis" else None
     run = train(recipe_for(task, scheme, base, clips), tmp_path / "run")
     merged = merge(base, [run.path], tmp_path / "merged")
+    target = SCHEMES[scheme]["quant_type"]
     packs = [
-        pack(run.path, tmp_path / "from-run", to=scheme, base=base),
-        pack(merged.path, tmp_path / "from-merged", to=scheme),
+        pack(run.path, tmp_path / "from-run", to=target, base=base),
+        pack(merged.path, tmp_path / "from-merged", to=target),
     ]
     unmerged = load_model(run, resolve_source(str(base)))
     probe = read_probe(run.path)
@@ -105,9 +111,47 @@ def test_what_was_trained_is_what_is_packed(task, scheme, base_of, request, tmp_
     for name in files[0]:
         assert files[0].read_bytes(name) == files[1].read_bytes(name)
     assert np.abs(logits - probe.base).max() > 1e-3, "the adapter has to have done something"
+    found = codes_of(load_model(packs[0])).values()
+    zeros = [packed.zeros for packed in found if getattr(packed, "zeros", None) is not None]
+    assert len(zeros) == (len(found) if scheme.partition(" ")[2] or scheme == "int2" else 0)
+    assert all(part.is_floating_point() == scheme.endswith("fold") for part in zeros)
     onnx = export_onnx(packs[0].path, tmp_path / "onnx")
     assert farthest(replay(onnx, None, probe), logits, probe) <= 1e-4
     assert farthest(probe.base, logits, probe) > 1e-3  # negative control
+
+
+PLAIN = (
+    DISTANCE
+    + """
+result = {}
+for path in argv:
+    model = plain_model(path)
+    sizes = {n: list(p.shape) for n, p in model.state_dict().items()}
+    result[path] = [distance(model, path), distance(model, path, "base"), sizes]
+"""
+)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("task", "scheme"),
+    [
+        ("digits", "int2 fold"),
+        ("python", "int4 fold"),
+        ("tennis", "int2"),
+        ("python", "int4 zeros"),
+    ],
+)
+def test_plain_transformers_computes_what_was_trained(task, scheme, base_of, request, tmp_path):
+    """Zero points too, whole ones and others, in a process without qlx."""
+    base = base_of(task)
+    clips = request.getfixturevalue("tennis_clips") if task == "tennis" else None
+    run = train(recipe_for(task, scheme, base, clips), tmp_path / "run")
+    packed = pack(run.path, tmp_path / "packed", to=SCHEMES[scheme]["quant_type"], base=base)
+    found = run_without(("qlx", "peft", "bitsandbytes"), PLAIN, packed.path)
+    near, far, _ = found[str(packed.path)]
+    assert near < 1e-5
+    assert far > 1e-3  # negative control: the base's outputs
 
 
 @pytest.mark.parametrize(
@@ -116,7 +160,7 @@ def test_what_was_trained_is_what_is_packed(task, scheme, base_of, request, tmp_
         ("int4", 1),
         *(
             pytest.param(scheme, seed, marks=pytest.mark.exhaustive)
-            for scheme in ("nf4", "int4", "ternary")
+            for scheme in ("nf4", "int4", "ternary", "int4 zeros", "int2")
             for seed in (2, 3)
         ),
     ],
@@ -127,7 +171,8 @@ def test_a_small_change_survives_that_rounding_again_would_take(
     """Of a plain adapter whose change is a hundredth of a step next to nothing is left; of an exact one all is."""
     recipe = recipe_for("python", scheme, python_base, seed=seed, rate=1e-4)
     exact = train(recipe, tmp_path / "exact")
-    packed = pack(exact.path, tmp_path / "packed", to=scheme, base=python_base)
+    target = SCHEMES[scheme]["quant_type"]
+    packed = pack(exact.path, tmp_path / "packed", to=target, base=python_base)
     probe = read_probe(exact.path)
     np.testing.assert_array_equal(replay(packed, None, probe), probe.reference)
     assert np.abs(probe.reference - probe.base).max() > 0
@@ -137,7 +182,7 @@ def test_a_small_change_survives_that_rounding_again_would_take(
     ordinary = train(plain, tmp_path / "plain")
     group = {"group_size": 32} if scheme != "nf4" else {}
     with pytest.raises(CheckFailed, match="retention"):
-        pack(ordinary.path, tmp_path / "again", to=scheme, base=python_base, **group)
+        pack(ordinary.path, tmp_path / "again", to=target, base=python_base, **group)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +190,29 @@ def int4_run(digits_base, tmp_path_factory):
     return train(
         recipe_for("digits", "int4", digits_base), tmp_path_factory.mktemp("exact") / "run"
     )
+
+
+@pytest.fixture(scope="module")
+def int2_folded(digits_base, tmp_path_factory):
+    recipe = recipe_for("digits", "int2 fold", digits_base)
+    return train(recipe, tmp_path_factory.mktemp("folded") / "run")
+
+
+def test_a_folded_adapter_leaves_the_codes(int2_folded, digits_base, tmp_path):
+    """It moves zero points to places between the codes, and nothing else with fixed scales."""
+    manifest = int2_folded.manifest
+    assert manifest.adapter.folded
+    moved = codes_of(load_model(int2_folded, resolve_source(str(digits_base))))
+    spec = manifest.quantization
+    base = codes_of(load_base(digits_base, "image-classification", quant=spec))
+    assert base.keys() == moved.keys()
+    for name, packed in moved.items():
+        assert torch.equal(packed.codes, base[name].codes)
+        assert base[name].zeros.dtype == torch.int8
+        assert (packed.zeros - packed.zeros.round()).abs().max() > 1e-3
+    with pytest.raises(Unsupported, match="no whole numbers"):
+        merged = merge(digits_base, [int2_folded.path], tmp_path / "half", dtype="bfloat16")
+        pack(merged.path, tmp_path / "packed", to="int2")
 
 
 def test_scales_stay_where_they_are_not_to_learn(int4_run, digits_base, tmp_path):
@@ -161,12 +229,13 @@ def test_scales_stay_where_they_are_not_to_learn(int4_run, digits_base, tmp_path
     )
 
 
-def test_a_dry_run_counts_what_training_counts(int4_run, digits_base):
-    for learned in (True, False):
-        found = check(recipe_for("digits", "int4", digits_base, learned_scales=learned))
-        spec = int4_run.manifest.adapter
-        counts = (spec.trained_parameters, spec.total_parameters)
-        assert ((found.trained_parameters, found.total_parameters) == counts) == learned
+def test_a_dry_run_counts_what_training_counts(int4_run, int2_folded, digits_base):
+    for scheme, run in (("int4", int4_run), ("int2 fold", int2_folded)):
+        for learned in (True, False):
+            found = check(recipe_for("digits", scheme, digits_base, learned_scales=learned))
+            spec = run.manifest.adapter
+            counts = (spec.trained_parameters, spec.total_parameters)
+            assert ((found.trained_parameters, found.total_parameters) == counts) == learned
 
 
 def test_the_head_is_trained_beside_the_codes(digits_base, tmp_path):
@@ -261,7 +330,12 @@ def test_what_cannot_be_is_said(int4_run, digits_base, tmp_path):
         ({"use_dora": True}, {}, "use_dora"),
         ({"bias": "all"}, {}, "bias"),
         ({}, {"quant_type": "fp4", "double_quant": False}, "not fp4"),
-        ({}, {"quant_type": "int4", "symmetric": False}, "symmetric"),
+        ({}, {"quant_type": "int8", "symmetric": False}, "symmetric"),
+        ({}, {"quant_type": "int2", "symmetric": True}, "symmetric does not apply"),
+        ({"exact": "fold"}, {"quant_type": "int4"}, "fold takes int2, or int4"),
+        ({"exact": "fold"}, {"quant_type": "nf4"}, "fold takes int2, or int4"),
+        ({"exact": "fold"}, {"quant_type": "int2", "group_size": "whole"}, "in groups"),
+        ({"exact": "fold"}, {"quant_type": "int2", "scale_dtype": "float16"}, "is float32"),
         ({"exact": False, "learned_scales": False}, {}, "is for exact adapters"),
     ],
 )
@@ -308,6 +382,11 @@ KINDS = {
     "one scale": ({}, {"quant_type": "ternary", "group_size": "whole"}),
     "hf": ({}, {"quant_type": "nf4", "mode": "hf"}),
     "codes": ({}, None),
+    "codes with zeros": ({}, None),
+    "16-bit zeros": (
+        {"dtype": "bfloat16"},
+        {"quant_type": "int2", "group_size": 32, "scale_dtype": "bfloat16"},
+    ),
 }
 
 
@@ -317,8 +396,9 @@ def test_every_kind_of_base(kind, python_base, tmp_path):
     """In 16 bits, with rounded inputs, loaded quantized by transformers, and of codes that nobody made here."""
     changes, quantization = KINDS[kind]
     base = python_base
-    if kind == "codes":
-        base = pack(python_base, tmp_path / "codes", to="int4", group_size=32).path
+    if quantization is None:
+        to = "int2" if kind.endswith("zeros") else "int4"
+        base = pack(python_base, tmp_path / "codes", to=to, group_size=32, min_retention=0).path
     recipe = recipe_for("python", "int4", base)
     recipe = Recipe.model_validate(
         {
