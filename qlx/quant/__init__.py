@@ -17,6 +17,7 @@ from qlx.quant.codec4bit import (
     torch_dtype_of,
 )
 from qlx.quant.compressed import compressed_entries, compressed_section, packed_from_compressed
+from qlx.quant.eight_bits import in_eight_bits, integer_levels
 from qlx.quant.export_linear import IntegerMatMul, PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.fit import fitted_ternary
@@ -45,6 +46,7 @@ from qlx.quant.layers import (
     packed_modules,
     packed_of_module,
     quantize_model,
+    rounding_of_levels,
     set_compute_dtype,
 )
 from qlx.quant.layout import (
@@ -90,7 +92,9 @@ __all__ = [
     "grid_names",
     "guard_bitsandbytes",
     "head_modules",
+    "in_eight_bits",
     "in_memory",
+    "integer_levels",
     "is_packed_weight",
     "kept",
     "levels",
@@ -118,6 +122,7 @@ __all__ = [
     "quantize_model",
     "quantize_rows",
     "quantize_tensor",
+    "rounding_of_levels",
     "row_unit",
     "set_compute_dtype",
     "stored_quantization",
