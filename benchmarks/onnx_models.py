@@ -28,7 +28,7 @@ LLAMAS = {
     "llama-300m": {"hidden_size": 1536, "num_hidden_layers": 10, "intermediate_size": 4096, "num_attention_heads": 16},
 }  # fmt: skip
 VOCABULARY = {"llama-15m": 8000, "llama-300m": 32000}
-SCHEMES = ("fp32", "int8", "int4", "nf4", "ternary")
+SCHEMES = ("fp32", "int8", "int4", "nf4", "fp4", "ternary")
 
 
 def task_of(name: str) -> Any:
