@@ -121,7 +121,12 @@ def of_models(shape: str, turns: int, folder: Path) -> dict[str, dict[str, Any]]
     found: dict[str, dict[str, Any]] = {}
     decoders, prefills = {}, {}
     for name, (scheme, level) in WAYS.items():
-        at = make(folder / name.replace(", ", "-"), shape, scheme or "fp32", accuracy_level=level)
+        at = make(
+            folder / f"{shape}-{name}".replace(", ", "-").replace(" ", "-"),
+            shape,
+            scheme or "fp32",
+            accuracy_level=level,
+        )
         model, probe = open_model(at, THREADS), read_probe(at)
         outputs = OnnxPredictor(model).predict(probe.inputs)[probe.mask]
         wanted = probe.reference[probe.mask]
@@ -175,13 +180,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=LLAMAS, default="llama-300m")
     parser.add_argument("--size", type=int, default=4096, help="inputs and outputs of the layer")
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="where models are made and kept")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         results["layer"] = of_layers(args.size, args.turns, Path(folder))
         print(table(f"{args.size} x {args.size}", results["layer"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        results["model"] = of_models(args.shape, args.turns, Path(folder))
+        results["model"] = of_models(args.shape, args.turns, args.folder or Path(folder))
         print(table(args.shape, results["model"]), flush=True)
     target = Path(__file__).parent / "output" / "nf4_onnx.json"
     target.parent.mkdir(exist_ok=True)

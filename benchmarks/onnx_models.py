@@ -112,7 +112,9 @@ def companions(name: str) -> Mapping[str, bytes]:
 
 
 def make(target: Path, name: str, scheme: str, *, accuracy_level: int = 0) -> Path:
-    """Write one directory; returns it."""
+    """Write one directory, unless it is there; returns it."""
+    if target.exists():
+        return target
     from qlx.checkpoint import (
         Manifest,
         ProbeRecord,
@@ -151,15 +153,17 @@ def main() -> None:
     """Write what is named."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("models", nargs="+", metavar="SHAPE:SCHEME")
+    parser.add_argument("models", nargs="+", metavar="SHAPE:SCHEME[:fast]")
     args = parser.parse_args()
     for item in args.models:
         name, _, scheme = item.partition(":")
+        scheme, _, fast = scheme.partition(":")
+        level = 4 if fast == "fast" else 0
         if name not in {**VITS, **LLAMAS} or scheme not in SCHEMES:
             sys.exit(
                 f"{item}: SHAPE is one of {', '.join([*VITS, *LLAMAS])}, SCHEME one of {', '.join(SCHEMES)}"
             )
-        made = make(args.folder / f"{name}-{scheme}", name, scheme)
+        made = make(args.folder / item.replace(":", "-"), name, scheme, accuracy_level=level)
         size = sum(file.stat().st_size for file in made.iterdir())
         print(f"{made}: {size / 2**20:.1f} MiB", flush=True)
 

@@ -2,6 +2,7 @@
 
     python benchmarks/vision.py                    # ViT-base, minutes, 2 GB of disk, 4 GB of memory
     python benchmarks/vision.py --shape vit-tiny   # a small one, to see that it runs
+    python benchmarks/vision.py --folder models --part starts     # keep what is made there, measure one half
     python benchmarks/vision.py --trained runs/digits-base --onnx onnx/digits   # a real one beside it
 
 Random weights far from their initial scale, two threads. *images/s*: the median of `--turns` calls of a whole
@@ -177,42 +178,57 @@ def write_plain(model: Any, folder: Path) -> Path:
 
 def table(name: str, found: Mapping[str, Any]) -> str:
     """Markdown."""
-    lines = [f"| {name} | {' | '.join(BATCHES_TITLES)} |", "|---" * (1 + len(BATCHES)) + "|"]
-    ways = list(found["images/s"][BATCHES_TITLES[0]])
-    for way in ways:
-        rows = [found["images/s"][batch] for batch in BATCHES_TITLES]
-        cells = [f"{each[way]:.1f} (× {each[way] / each['torch eager']:.2f})" for each in rows]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    lines += ["", "| process | first answer | largest resident |", "|---|---|---|"]
-    peer = found["starts"]["torch"]
-    for way, each in found["starts"].items():
-        lines.append(
-            f"| {way} | {each['s']:.2f} s (÷ {peer['s'] / each['s']:.1f}) "
-            f"| {each['MiB']:.0f} MiB (÷ {peer['MiB'] / each['MiB']:.1f}) |"
-        )
+    lines: list[str] = []
+    if "images/s" in found:
+        rows = found["images/s"]
+        lines += [f"| {name}, images/s | {' | '.join(rows)} |", "|---" * (1 + len(rows)) + "|"]
+        for way in next(iter(rows.values())):
+            cells = [
+                f"{each[way]:.1f} (× {each[way] / each['torch eager']:.2f})"
+                for each in rows.values()
+            ]
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+    if "starts" in found:
+        lines += ["", f"| {name}, process | first answer | largest resident |", "|---|---|---|"]
+        peer = found["starts"]["torch"]
+        for way, each in found["starts"].items():
+            lines.append(
+                f"| {way} | {each['s']:.2f} s (÷ {peer['s'] / each['s']:.1f}) "
+                f"| {each['MiB']:.0f} MiB (÷ {peer['MiB'] / each['MiB']:.1f}) |"
+            )
     return "\n".join([*lines, ""])
-
-
-BATCHES_TITLES = [f"{rows} at once" for rows in BATCHES]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of a shape."""
     model = build(args.shape)
-    plain = write_plain(model, folder / "plain")
+    plain = write_plain(model, folder / f"{args.shape}-plain")
     directories = {
-        name: make(folder / name.replace(" ", "-"), args.shape, scheme, accuracy_level=level)
+        name: make(
+            folder / f"{args.shape}-{name}".replace(" ", "-"),
+            args.shape,
+            scheme,
+            accuracy_level=level,
+        )
         for name, (scheme, level) in WAYS.items()
     }
     sizes = {
         name: sum(f.stat().st_size for f in path.glob("model.onnx*")) / 2**20
         for name, path in directories.items()
     }
-    return {
-        "starts": starts(plain, directories, args.starts),
-        "images/s": rates(model, directories, args.turns),
-        "MiB on disk": sizes,
-    }
+    return {**parts(args, model, plain, directories), "MiB on disk": sizes}
+
+
+def parts(
+    args: argparse.Namespace, model: Any, plain: Path, directories: Mapping[str, Path]
+) -> dict[str, Any]:
+    """What was asked for."""
+    found: dict[str, Any] = {}
+    if args.part in ("starts", "all"):
+        found["starts"] = starts(plain, directories, args.starts)
+    if args.part in ("rates", "all"):
+        found["images/s"] = rates(model, directories, args.turns)
+    return found
 
 
 def measure_trained(args: argparse.Namespace) -> dict[str, Any]:
@@ -222,10 +238,7 @@ def measure_trained(args: argparse.Namespace) -> dict[str, Any]:
 
     model = load_model(open_checkpoint(args.trained)).eval()
     directories = {"fp32": args.onnx}
-    return {
-        "starts": starts(args.trained, directories, args.starts),
-        "images/s": rates(model, directories, args.turns),
-    }
+    return parts(args, model, args.trained, directories)
 
 
 def main() -> None:
@@ -234,12 +247,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=VITS, default="vit-base")
     parser.add_argument("--turns", type=int, default=9, help="calls whose median is taken")
     parser.add_argument("--starts", type=int, default=5, help="processes whose median is taken")
+    parser.add_argument("--part", choices=("all", "starts", "rates", "none"), default="all")
+    parser.add_argument("--folder", type=Path, help="where models are made and kept")
     parser.add_argument("--trained", type=Path, help="a run or merged checkpoint of a classifier")
     parser.add_argument("--onnx", type=Path, help="its fp32 export")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        results[args.shape] = measure(args, Path(folder))
+        results[args.shape] = measure(args, args.folder or Path(folder))
         print(table(args.shape, results[args.shape]), flush=True)
     if args.trained is not None and args.onnx is not None:
         results["trained"] = measure_trained(args)
@@ -248,7 +263,9 @@ def main() -> None:
     print(f"this process used {used:.1f} GiB")
     target = Path(__file__).parent / "output" / "vision.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(results, indent=2) + "\n")
+    before = json.loads(target.read_text()) if target.exists() else {}
+    merged = {name: {**before.get(name, {}), **each} for name, each in results.items()}
+    target.write_text(json.dumps({**before, **merged}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,3 +87,14 @@ def test_wrong_levels_are_refused_and_nothing_is_left(packs, tmp_path, monkeypat
     with pytest.raises(CheckFailed, match=r"the exported checkpoint: relative.*--accuracy-level 4"):
         export_onnx(packs("nf4"), tmp_path / "fast", accuracy_level=4)
     assert not (tmp_path / "fast").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("key", [("vit", "nf4"), ("llama", "fp4")])
+def test_an_adapter_stays_apart_from_its_fast_base(adapters, bases, tmp_path, key):
+    done = export_onnx(adapters[key], tmp_path / "fast", base=str(bases[key[0]]), accuracy_level=4)
+    assert operators(done) == {"MatMulNBits"}
+    probe = read_probe(done.path)
+    assert 1e-5 < distance(done, probe.reference) < 3e-2
+    assert distance(done, probe.base) > 2 * distance(done, probe.reference)
+    assert verify(done.path).passed
