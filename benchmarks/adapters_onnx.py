@@ -301,11 +301,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--turns", type=int, default=9, help="how often each is run")
+    parser.add_argument("--only", metavar="NAME", help="one of the four, such as 'ViT-S, fp32'")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     for task, named in (("image-classification", "ViT-S"), ("causal-lm", "Llama 0.3 B")):
         for quant in (INT4, None):
             name = f"{named}, {'fp32' if quant is None else quant.scheme}"
+            if args.only not in (None, name):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 results[name] = measure(Path(folder), task, quant, args)
             print("\n".join(table(name, results[name])), flush=True)

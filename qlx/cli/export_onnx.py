@@ -16,7 +16,7 @@ from qlx.cli.session import Session
         "qlx export-onnx merged/digits -o onnx/digits",
         "qlx export-onnx packed/digits -o onnx/digits-nf4",
         "qlx export-onnx runs/base --adapter adapters/one --adapter second=adapters/two -o onnx/both",
-        "qlx export-onnx packed/lm-int4 --accuracy-level 4 -o onnx/lm-int4-fast",
+        "qlx export-onnx packed/lm-nf4 --accuracy-level 4 -o onnx/lm-nf4-fast",
     ),
 )
 @click.argument("checkpoint", type=options.DIRECTORY)
@@ -38,8 +38,8 @@ from qlx.cli.session import Session
 @click.option(
     "--accuracy-level",
     type=click.Choice(["0", "4"]),
-    help="How packed integers are multiplied: 0 in float32 (default); 4 with inputs rounded to 8 bits, "
-    "faster and lossy. The price is measured and recorded.",
+    help="How packed weights are multiplied: 0 in float32 (default); 4 with inputs rounded to 8 bits, and the "
+    "codes of nf4 and fp4 as 8-bit integers, faster and lossy. The price is measured and recorded.",
 )
 def command(
     session: Session,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -37,6 +38,13 @@ from qlx.cli.session import Session
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads inside one operator.")
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where ONNX checkpoints run; cuda needs onnxruntime-gpu.",
+)
+@click.option(
     "--api-key-env",
     metavar="VARIABLE",
     help="Environment variable with the key that clients must send.",
@@ -49,6 +57,7 @@ def command(
     host: str,
     port: int,
     threads: int | None,
+    device: Literal["cpu", "cuda"],
     api_key_env: str | None,
 ) -> None:
     """Serve a checkpoint over HTTP.
@@ -73,6 +82,7 @@ def command(
         host=host,
         port=port,
         threads=threads,
+        device=device,
         api_key_variable=api_key_env,
         listening=listening,
     )

@@ -1,8 +1,10 @@
 """`export_onnx`: a checkpoint of any torch kind as a verified ONNX directory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from qlx.checkpoint import (
     PROBE_FILE,
@@ -34,12 +36,13 @@ __all__ = [
     "Arithmetic",
     "arithmetic_of",
     "export_onnx",
+    "report_rounding",
 ]
 
-INTEGERS = ("int8", "int4", "int2", "ternary")
-PRECISIONS = ("fp32", "fp16", "nf4", "fp4", *INTEGERS)
+PACKED = ("nf4", "fp4", "int8", "int4", "int2", "ternary")
+PRECISIONS = ("fp32", "fp16", *PACKED)
 ACCURACY_LEVELS = (0, 4)
-"""Of onnxruntime's kernels for packed integers: float32 products, or inputs rounded to 8 bits."""
+"""Of products with packed weights: float32, or inputs (and the levels of nf4 and fp4) rounded to 8 bits."""
 
 COMMAND = "export-onnx"
 
@@ -74,8 +77,9 @@ def export_onnx(
         output: the directory to create; refused if it exists, unless `force`.
         base: the base model of a run or adapter; by default the one it records.
         precision: None keeps the checkpoint's own; `fp16` is possible for unquantized weights.
-        accuracy_level: of the kernels for packed integers: 0 (the default) multiplies in float32, 4 rounds
-            each run of inputs to 8 bits, which is faster and lossy; the price is measured and recorded.
+        accuracy_level: of products with packed weights: 0 (the default) multiplies in float32, 4 rounds
+            each run of inputs to 8 bits and says the codes of nf4 and fp4 in 8-bit integers, which is faster
+            and lossy; the price is measured and recorded.
         report: called with one line per stage.
 
     Raises:
@@ -96,7 +100,8 @@ def export_onnx(
     own_base = base_of(source, base)
     with new_checkpoint(Path(output), force=force) as staging:
         report(f"tracing the model ({arithmetic.precision})")
-        _write_model(source, own_base, arithmetic, staging)
+        arithmetic = _write_model(source, own_base, arithmetic, staging)
+        report_rounding(arithmetic, report)
         write_probe(staging / PROBE_FILE, probe)
         manifest = seal(staging, _manifest(source, own_base, arithmetic))
         report("replaying the probe under onnxruntime")
@@ -106,10 +111,14 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What the weights are stored in, and the accuracy level of kernels that have one."""
+    """What the weights are stored in, and the accuracy level of products with packed ones.
+
+    `levels_rounded` is how far rounding their levels moved nf4 or fp4 weights, relative; known once they are.
+    """
 
     precision: str
     accuracy_level: int | None
+    levels_rounded: float | None = None
 
     @property
     def rounded(self) -> str:
@@ -118,8 +127,24 @@ class Arithmetic:
 
     def options(self) -> dict[str, object]:
         """What the manifest records."""
-        level = {} if self.accuracy_level is None else {"accuracy_level": self.accuracy_level}
-        return {"precision": self.precision, **level}
+        known = {"accuracy_level": self.accuracy_level, "levels_rounded": self.levels_rounded}
+        said = {name: value for name, value in known.items() if value is not None}
+        return {"precision": self.precision, **said}
+
+    def applied(self, model: nn.Module) -> "Arithmetic":
+        """Make every packed layer one that is exported so, in place; with what that rounded."""
+        from qlx.quant import packed_linears, rounding_of_levels
+
+        moved = rounding_of_levels(model) if self.accuracy_level else None
+        packed_linears(model, accuracy_level=self.accuracy_level or 0)
+        return replace(self, levels_rounded=moved)
+
+
+def report_rounding(arithmetic: Arithmetic, report: Callable[[str], None]) -> None:
+    """Say how far the weights were moved, where they were."""
+    if arithmetic.levels_rounded is not None:
+        moved = f"{100 * arithmetic.levels_rounded:.2f} %"
+        report(f"{arithmetic.precision} codes as 8-bit integers: weights moved by {moved}")
 
 
 def _prove(staging: Path, manifest: Manifest, probe: Probe, arithmetic: Arithmetic) -> None:
@@ -149,11 +174,11 @@ def arithmetic_of(scheme: str | None, precision: str | None, level: int | None) 
     chosen = _precision(scheme, precision)
     if level not in (None, *ACCURACY_LEVELS):
         raise UsageError(f"accuracy level {level} is not one of {ACCURACY_LEVELS}")
-    if level and chosen not in INTEGERS:
+    if level and chosen not in PACKED:
         raise UsageError(
-            f"--accuracy-level {level} is for {', '.join(INTEGERS)} weights; these are {chosen}"
+            f"--accuracy-level {level} is for {', '.join(PACKED)} weights; these are {chosen}"
         )
-    return Arithmetic(chosen, (level or 0) if chosen in INTEGERS else None)
+    return Arithmetic(chosen, (level or 0) if chosen in PACKED else None)
 
 
 def _precision(scheme: str | None, wanted: str | None) -> str:
@@ -176,21 +201,21 @@ def _precision(scheme: str | None, wanted: str | None) -> str:
 
 def _write_model(
     source: Checkpoint, base: Source | None, arithmetic: Arithmetic, staging: Path
-) -> None:
+) -> Arithmetic:
     """The graph, its weights and the small files a runtime reads."""
     from qlx.models import load_model
-    from qlx.quant import packed_linears
 
     task = source.manifest.task
     with quiet():
         loaded = load_model(source, base)
     model, prefixes = separate_adapter(loaded.eval())
-    packed_linears(model, accuracy_level=arithmetic.accuracy_level or 0)
+    arithmetic = arithmetic.applied(model)
     graph = build_graph(model, task, half=arithmetic.precision == "fp16", prefixes=prefixes)
     write_graph(graph, staging, task)
     copy_companions(staging, source.path)
     if task == "causal-lm":
         write_generation_config(staging, model)
+    return arithmetic
 
 
 def _manifest(source: Checkpoint, base: Source | None, arithmetic: Arithmetic) -> Manifest:

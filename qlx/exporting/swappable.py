@@ -32,7 +32,7 @@ from qlx.checkpoint import (
     write_probe,
 )
 from qlx.errors import CheckFailed, InputRefused, Mismatch, Unsupported, UsageError
-from qlx.exporting.export import ADVICE, COMMAND, Arithmetic, arithmetic_of
+from qlx.exporting.export import ADVICE, COMMAND, Arithmetic, arithmetic_of, report_rounding
 from qlx.exporting.genai import write_generation_config
 from qlx.exporting.graph import build_graph, write_graph
 from qlx.exporting.quiet import quiet
@@ -40,7 +40,6 @@ from qlx.exporting.separate import make_swappable
 from qlx.exporting.updates import Update, adapter_updates, write_adapter_file
 from qlx.merging.companions import COMPANION_FILES, copy_companions
 from qlx.models import STORED_DTYPE, computing_in, forward_logits, load_as_trained
-from qlx.quant import packed_linears
 from qlx.runtime import ADAPTER_SUFFIX, OnnxModel, OnnxPredictor, class_labels, open_model
 from qlx.runtime.session import runtime_errors
 from qlx.verification import compare, judged, needs_base, probe_of, sealed
@@ -118,7 +117,8 @@ def export_adapters(
     job = _Job(source, opened, arithmetic_of(scheme, precision, accuracy_level))
     with new_checkpoint(Path(output), force=force) as staging:
         report(f"tracing the base ({job.arithmetic.precision}) with room for {len(named)} adapters")
-        job.write(staging)
+        job = job.written(staging)
+        report_rounding(job.arithmetic, report)
         report("replaying the probes under onnxruntime")
         sealed(staging, job.proven(staging, seal(staging, job.manifest())))
     return open_checkpoint(Path(output))
@@ -199,15 +199,15 @@ class _Job:
     def task(self) -> str:
         return self.first.manifest.task
 
-    def write(self, staging: Path) -> None:
-        """Everything but the manifest."""
+    def written(self, staging: Path) -> "_Job":
+        """Write everything but the manifest; the job with what that rounded."""
         with quiet():
             model = load_as_trained(self.first, self.source)
             computing_in(model, torch.float32).eval()
             write_probe(staging / PROBE_FILE, self._base_probe(model))
             updates = {n: adapter_updates(model, each.path) for n, each in self.adapters.items()}
         prefixes = make_swappable(model, _places(updates.values()))
-        packed_linears(model, accuracy_level=self.arithmetic.accuracy_level or 0)
+        arithmetic = self.arithmetic.applied(model)
         half = self.arithmetic.precision == "fp16"
         graph = build_graph(model, self.task, half=half, prefixes=prefixes, swappable=True)
         write_graph(graph, staging, self.task)
@@ -219,6 +219,7 @@ class _Job:
             write_probe(
                 staging / _probe_file(name), replace(probe_of(self.adapters[name]), own=None)
             )
+        return replace(self, arithmetic=arithmetic)
 
     def _base_probe(self, model: nn.Module) -> Probe:
         """The first adapter's inputs, with what the base computes of them.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,9 @@ from qlx.inputs.images import ImagePreprocessor, open_image
 from qlx.inputs.splits import Encoded, ImageSplit, Split, encode_split, load_split
 from qlx.inputs.text import IGNORED, TextCodec
 from qlx.inputs.tracknet import KeypointSplit
-from qlx.recipe import DataSection
+
+if TYPE_CHECKING:  # the runtime reads no recipe, and starts without the parser of recipes
+    from qlx.recipe import DataSection
 
 __all__ = [
     "Batch",
@@ -86,7 +88,7 @@ def keypoint_batch(
 
 
 def eval_batches(
-    data: DataSection,
+    data: "DataSection",
     directory: Path,
     *,
     split: Split = "eval",

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,9 @@ from qlx.inputs.python_text import python_docstrings, python_sources
 from qlx.inputs.tables import read_examples
 from qlx.inputs.text import TextCodec, TextExample
 from qlx.inputs.tracknet import KeypointSplit, keypoint_split, read_clips
-from qlx.recipe import DataSection
+
+if TYPE_CHECKING:  # the runtime reads no recipe, and starts without the parser of recipes
+    from qlx.recipe import DataSection
 
 __all__ = [
     "Encoded",
@@ -72,7 +74,7 @@ class Encoded:
 Loaded = ImageSplit | KeypointSplit | TextSplit
 
 
-def load_split(data: DataSection, split: Split) -> Loaded:
+def load_split(data: "DataSection", split: Split) -> Loaded:
     """The examples of a split; the same data section gives the same ones in the same order.
 
     Limits apply to images here, and to texts after they became token blocks (`encode_split`).
@@ -122,7 +124,7 @@ def _limited(split: ImageSplit, limit: int | None) -> ImageSplit:
     return ImageSplit(split.images[:limit], split.labels[:limit], split.classes)
 
 
-def _indices(count: int, data: DataSection, split: Split) -> NDArray[np.int64]:
+def _indices(count: int, data: "DataSection", split: Split) -> NDArray[np.int64]:
     """The shuffled positions that belong to a split; at least one example goes to each."""
     if count < 2:
         raise InputRefused(
@@ -133,7 +135,7 @@ def _indices(count: int, data: DataSection, split: Split) -> NDArray[np.int64]:
     return order[:held_out] if split == "eval" else order[held_out:]
 
 
-def _digits_split(data: DataSection, split: Split) -> ImageSplit:
+def _digits_split(data: "DataSection", split: Split) -> ImageSplit:
     copies = _SHIFTED_COPIES if data.variant == "shifted" else 1
     images, labels = digits(data.variant, data.seed, copies)
     per_copy = len(labels) // copies
@@ -143,7 +145,7 @@ def _digits_split(data: DataSection, split: Split) -> ImageSplit:
     return ImageSplit(images[chosen], labels[chosen], CLASSES)
 
 
-def _folder_split(data: DataSection, split: Split) -> ImageSplit:
+def _folder_split(data: "DataSection", split: Split) -> ImageSplit:
     root = Path(data.path or "")
     if is_image_table(root):
         return _table_split(root, data, split)
@@ -157,7 +159,7 @@ def _folder_split(data: DataSection, split: Split) -> ImageSplit:
     return _chosen(_folder(root, _classes(root)), data, split)
 
 
-def _chosen(everything: ImageSplit, data: DataSection, split: Split) -> ImageSplit:
+def _chosen(everything: ImageSplit, data: "DataSection", split: Split) -> ImageSplit:
     """The part of images that come undivided."""
     chosen = _indices(len(everything), data, split)
     return ImageSplit(
@@ -165,7 +167,7 @@ def _chosen(everything: ImageSplit, data: DataSection, split: Split) -> ImageSpl
     )
 
 
-def _table_split(root: Path, data: DataSection, split: Split) -> ImageSplit:
+def _table_split(root: Path, data: "DataSection", split: Split) -> ImageSplit:
     """Images of parquet files: one, or `train*` and `test*` (or another of `_EVAL_NAMES`) in a directory."""
     train, held_out = table_files(root, ("train",)), table_files(root, _EVAL_NAMES)
     if not (train and held_out):
@@ -215,7 +217,7 @@ def _folder(root: Path, classes: tuple[str, ...]) -> ImageSplit:
     return ImageSplit(paths, np.array(labels, np.int64), classes)
 
 
-def _texts(data: DataSection) -> list[TextExample]:
+def _texts(data: "DataSection") -> list[TextExample]:
     if data.source == "python-text":
         return [TextExample(completion=text) for text in python_sources()]
     if data.source == "python-docstrings":
@@ -233,14 +235,16 @@ def _texts(data: DataSection) -> list[TextExample]:
     return read_examples(Path(data.path))
 
 
-def _part(examples: list[TextExample], data: DataSection, split: Split) -> tuple[TextExample, ...]:
+def _part(
+    examples: list[TextExample], data: "DataSection", split: Split
+) -> tuple[TextExample, ...]:
     return tuple(examples[at] for at in _indices(len(examples), data, split))
 
 
 def encode_split(
     split: TextSplit,
     codec: TextCodec,
-    data: DataSection,
+    data: "DataSection",
     *,
     completion_only: bool,
     limit: int | None = None,
@@ -263,7 +267,7 @@ def encode_split(
 
 
 def _encode(
-    examples: Sequence[TextExample], codec: TextCodec, data: DataSection, completion_only: bool
+    examples: Sequence[TextExample], codec: TextCodec, data: "DataSection", completion_only: bool
 ) -> Iterator[Encoded]:
     pending: list[int] = []
     max_length = data.max_length

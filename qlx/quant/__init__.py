@@ -22,6 +22,7 @@ from qlx.quant.compressed import (
     compressed_section,
     packed_from_compressed,
 )
+from qlx.quant.eight_bits import in_eight_bits, integer_levels
 from qlx.quant.export_linear import IntegerMatMul, PackedLinear
 from qlx.quant.fingerprint import packed_fingerprint, packed_line
 from qlx.quant.fit import fitted_ternary
@@ -50,6 +51,7 @@ from qlx.quant.layers import (
     packed_modules,
     packed_of_module,
     quantize_model,
+    rounding_of_levels,
     set_compute_dtype,
 )
 from qlx.quant.layout import (
@@ -97,7 +99,9 @@ __all__ = [
     "grid_names",
     "guard_bitsandbytes",
     "head_modules",
+    "in_eight_bits",
     "in_memory",
+    "integer_levels",
     "is_packed_weight",
     "kept",
     "levels",
@@ -125,6 +129,7 @@ __all__ = [
     "quantize_model",
     "quantize_rows",
     "quantize_tensor",
+    "rounding_of_levels",
     "row_unit",
     "set_compute_dtype",
     "stored_quantization",

@@ -12,6 +12,7 @@ from qlx.checkpoint import QuantSpec
 from qlx.errors import Unsupported, require
 from qlx.quant.codec import PackedTensor, quantize_tensor
 from qlx.quant.codec4bit import FOUR_BIT, Packed4bit, torch_dtype_of
+from qlx.quant.eight_bits import in_eight_bits
 from qlx.quant.export_linear import LARGEST_BLOCK, IntegerMatMul, PackedLinear
 from qlx.quant.integer_linear import IntegerLinear
 from qlx.quant.integers import PackedIntegers
@@ -31,6 +32,7 @@ __all__ = [
     "packed_modules",
     "packed_of_module",
     "quantize_model",
+    "rounding_of_levels",
     "set_compute_dtype",
 ]
 
@@ -219,8 +221,8 @@ def packed_of_module(module: nn.Module) -> PackedTensor:
 def packed_linears(model: nn.Module, *, accuracy_level: int = 0) -> list[str]:
     """Replace every packed layer by one that exports to ONNX, in place; returns their names.
 
-    4-bit layers of bitsandbytes become a `PackedLinear`, integer ones an `IntegerMatMul` with
-    `accuracy_level`.
+    4-bit layers of bitsandbytes become a `PackedLinear`, integer ones an `IntegerMatMul` with `accuracy_level`;
+    with one above 0 so do the 4-bit ones, their levels rounded (`in_eight_bits`).
 
     Raises:
         Unsupported: onnxruntime's kernels do not take the sizes of a layer, which the message names.
@@ -237,17 +239,34 @@ def packed_linears(model: nn.Module, *, accuracy_level: int = 0) -> list[str]:
 
 def _exportable(layer: Any, accuracy_level: int) -> nn.Module:
     packed = packed_of_module(layer)
-    if isinstance(packed, PackedIntegers):
+    if isinstance(packed, Packed4bit) and not accuracy_level:
+        if packed.block_size > LARGEST_BLOCK:
+            raise Unsupported(
+                f"onnxruntime's 4-bit product takes blocks up to {LARGEST_BLOCK} values, not {packed.block_size}"
+            )
+        return PackedLinear(packed, layer.bias, layer.compute_dtype or torch.float32)
+    bits = None
+    if isinstance(packed, Packed4bit):
+        packed = in_eight_bits(packed)
+    else:
         bits = layer.activation_bits
-        return IntegerMatMul(
-            packed, layer.bias, accuracy_level=accuracy_level, activation_bits=bits
-        )
-    assert isinstance(packed, Packed4bit)
-    if packed.block_size > LARGEST_BLOCK:
-        raise Unsupported(
-            f"onnxruntime's 4-bit product takes blocks up to {LARGEST_BLOCK} values, not {packed.block_size}"
-        )
-    return PackedLinear(packed, layer.bias, layer.compute_dtype or torch.float32)
+    assert isinstance(packed, PackedIntegers)
+    return IntegerMatMul(packed, layer.bias, accuracy_level=accuracy_level, activation_bits=bits)
+
+
+def rounding_of_levels(model: nn.Module) -> float | None:
+    """How far all 4-bit weights together are from what `in_eight_bits` makes of them, relative (Frobenius).
+
+    None for a model without any.
+    """
+    packed = [packed_of_module(layer) for _, layer in packed_modules(model)]
+    four_bit = [each for each in packed if isinstance(each, Packed4bit)]
+    gap, size = 0.0, 0.0
+    for each in four_bit:
+        values = each.values()
+        gap += float((in_eight_bits(each).values() - values).square().sum(dtype=torch.float64))
+        size += float(values.square().sum(dtype=torch.float64))
+    return (gap / size) ** 0.5 if size else None
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from qlx.runtime.classify import (
     classification,
 )
 from qlx.runtime.decoder import CausalDecoder, positions
+from qlx.runtime.devices import DEVICES, Device
 from qlx.runtime.generate import (
     FinishReason,
     Generation,
@@ -33,12 +34,14 @@ __all__ = [
     "ADAPTER_PARTS",
     "ADAPTER_SUFFIX",
     "DATA_FILE",
+    "DEVICES",
     "GRAPH_FILE",
     "AdapterChoice",
     "Adapters",
     "CausalDecoder",
     "Classification",
     "Classifier",
+    "Device",
     "FinishReason",
     "Generation",
     "ImageModel",

@@ -13,8 +13,9 @@ from qlx.checkpoint import load_object
 from qlx.errors import CorruptCheckpoint, InputRefused
 from qlx.inputs import ImagePreprocessor
 from qlx.runtime.adapters import AdapterChoice
+from qlx.runtime.devices import Device
 from qlx.runtime.predictor import OnnxPredictor
-from qlx.runtime.session import OnnxModel, open_model
+from qlx.runtime.session import OnnxModel, opened
 
 __all__ = [
     "Classification",
@@ -76,7 +77,7 @@ class Classifier(ImageModel):
 
     Args:
         directory: a checkpoint of kind `onnx` and task `image-classification`, or an opened model.
-        threads: see `open_model`.
+        threads, device: see `open_model`.
         adapter: which of its swappable adapters to use, None for the base; or a list of these, one for
             each image of a call.
 
@@ -93,8 +94,9 @@ class Classifier(ImageModel):
         directory: Path | str | OnnxModel,
         threads: int | None = None,
         adapter: AdapterChoice = None,
+        device: Device = "cpu",
     ) -> None:
-        model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
+        model = opened(directory, threads, device)
         if model.task != "image-classification":
             raise InputRefused(f"{model.path}: a model for {model.task} does not classify images")
         prepare = ImagePreprocessor.from_directory(model.path)

@@ -33,7 +33,7 @@ def positions(mask: Array) -> Array:
 class CausalDecoder:
     """One sequence batch being decoded; holds the keys and values of everything fed so far.
 
-    The cache stays inside onnxruntime between steps; only logits are copied out.
+    The cache stays inside onnxruntime, on its device, between steps; only logits are copied out.
 
     Args:
         model: an opened causal LM.
@@ -48,7 +48,7 @@ class CausalDecoder:
     def __init__(
         self, model: OnnxModel, batch: int = 1, adapter: AdapterChoice | ChosenAdapter = None
     ) -> None:
-        self._session = model.session
+        self._model = model
         self._adapter = model.adapters.choose(adapter).for_batch(batch)
         self._past = _cache_inputs(model)
         self._outputs = model.outputs
@@ -83,7 +83,7 @@ class CausalDecoder:
         }
         values.update(zip(self._past, self._cache, strict=True))
         values.update(self._adapter)
-        logits, *self._cache = self._session.run_with_ort_values(self._outputs, values)
+        logits, *self._cache = self._model.run(self._outputs, values, stay=self._outputs[1:])
         return np.asarray(logits.numpy(), np.float32)
 
 

@@ -13,8 +13,9 @@ from qlx.checkpoint import load_object
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported, UsageError
 from qlx.inputs import Message, TextCodec
 from qlx.runtime.decoder import CausalDecoder
+from qlx.runtime.devices import Device
 from qlx.runtime.sampling import Sampler, SamplingOptions
-from qlx.runtime.session import OnnxModel, open_model
+from qlx.runtime.session import OnnxModel, opened
 from qlx.runtime.text import TextStream
 
 __all__ = [
@@ -185,7 +186,7 @@ class TextGenerator(TextModel):
 
     Args:
         directory: a checkpoint of kind `onnx` and task `causal-lm`, or an opened model.
-        threads: see `open_model`.
+        threads, device: see `open_model`.
         adapter: which of its swappable adapters to use, None for the base.
 
     Raises:
@@ -199,8 +200,9 @@ class TextGenerator(TextModel):
         directory: Path | str | OnnxModel,
         threads: int | None = None,
         adapter: str | None = None,
+        device: Device = "cpu",
     ) -> None:
-        model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
+        model = opened(directory, threads, device)
         if model.task != "causal-lm":
             raise InputRefused(f"{model.path}: a model for {model.task} does not generate text")
         length, ends = _limits(model.path)

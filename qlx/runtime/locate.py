@@ -12,8 +12,9 @@ from qlx.errors import CorruptCheckpoint, InputRefused
 from qlx.inputs import DETECTED, ImagePreprocessor, as_image, find_peaks, rescaled
 from qlx.runtime.adapters import AdapterChoice
 from qlx.runtime.classify import LogitsPredictor, class_labels, whole_calls
+from qlx.runtime.devices import Device
 from qlx.runtime.predictor import OnnxPredictor
-from qlx.runtime.session import OnnxModel, open_model
+from qlx.runtime.session import OnnxModel, opened
 
 __all__ = ["KeypointModel", "Location", "Locator"]
 
@@ -103,7 +104,7 @@ class Locator(KeypointModel):
 
     Args:
         directory: a checkpoint of kind `onnx` and task `heatmap`, or an opened model.
-        threads: see `open_model`.
+        threads, device: see `open_model`.
         adapter: which of its swappable adapters to use, None for the base; or a list of these, one for
             each clip of a call.
 
@@ -120,8 +121,9 @@ class Locator(KeypointModel):
         directory: Path | str | OnnxModel,
         threads: int | None = None,
         adapter: AdapterChoice = None,
+        device: Device = "cpu",
     ) -> None:
-        model = directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
+        model = opened(directory, threads, device)
         if model.task != "heatmap":
             raise InputRefused(f"{model.path}: a model for {model.task} does not find places")
         prepare = ImagePreprocessor.from_directory(model.path)

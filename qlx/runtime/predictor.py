@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from qlx.errors import InputRefused
 from qlx.runtime.adapters import AdapterChoice
 from qlx.runtime.decoder import CausalDecoder
-from qlx.runtime.session import OnnxModel, open_model
+from qlx.runtime.devices import Device
+from qlx.runtime.session import OnnxModel, opened
 
 __all__ = ["OnnxPredictor"]
 
@@ -23,7 +24,7 @@ class OnnxPredictor:
 
     Args:
         directory: a checkpoint of kind `onnx`, or a model that `open_model` returned.
-        threads: see `open_model`.
+        threads, device: see `open_model`.
         adapter: which of its swappable adapters to use, None for the base; a list names one, or None, for
             each row of every batch.
 
@@ -36,10 +37,9 @@ class OnnxPredictor:
         directory: Path | str | OnnxModel,
         threads: int | None = None,
         adapter: AdapterChoice = None,
+        device: Device = "cpu",
     ) -> None:
-        self.model = (
-            directory if isinstance(directory, OnnxModel) else open_model(directory, threads)
-        )
+        self.model = opened(directory, threads, device)
         self._adapter = self.model.adapters.choose(adapter)
 
     @property
@@ -85,7 +85,7 @@ class OnnxPredictor:
         name = "heatmaps" if self.model.task == "heatmap" else "logits"
         images = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels, np.float32))
         inputs = {"pixel_values": images, **self._adapter.for_batch(len(pixels))}
-        (logits,) = self.model.session.run_with_ort_values([name], inputs)
+        (logits,) = self.model.run([name], inputs)
         return np.asarray(logits.numpy(), np.float32)
 
 

@@ -1,6 +1,7 @@
 """onnxruntime sessions over verified checkpoints: one place for options, digests and provider choice."""
 
 import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,10 @@ import onnxruntime as ort
 from qlx.checkpoint import Checkpoint, open_checkpoint
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
 from qlx.runtime.adapters import Adapters
+from qlx.runtime.devices import Device, need_device, providers_of, ran_on
 from qlx.runtime.graph_guard import check_graph
 
-__all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model", "runtime_errors"]
+__all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model", "opened", "runtime_errors"]
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -27,6 +29,7 @@ class OnnxModel:
 
     checkpoint: Checkpoint
     session: ort.InferenceSession
+    device: Device = "cpu"
 
     @property
     def path(self) -> Path:
@@ -53,9 +56,22 @@ class OnnxModel:
         """The adapters that runs can be given, by name."""
         return Adapters(self.checkpoint, self.session)
 
+    def run(
+        self,
+        outputs: Sequence[str],
+        inputs: Mapping[str, ort.OrtValue],
+        stay: Collection[str] = (),
+    ) -> list[ort.OrtValue]:
+        """Run the graph; outputs come back to the CPU's memory, those in `stay` remain on the device."""
+        if self.device == "cpu":
+            return list(self.session.run_with_ort_values(outputs, dict(inputs)))
+        return ran_on(self.session, self.device, outputs, inputs, stay)
 
-def open_model(directory: Path | str, threads: int | None = None) -> OnnxModel:
-    """Open an ONNX checkpoint on the CPU.
+
+def open_model(
+    directory: Path | str, threads: int | None = None, device: Device = "cpu"
+) -> OnnxModel:
+    """Open an ONNX checkpoint.
 
     Every file's digest is checked and the graph inspected before onnxruntime reads a byte. The
     session is deterministic: sequential execution, deterministic kernels, a fixed thread count.
@@ -63,13 +79,16 @@ def open_model(directory: Path | str, threads: int | None = None) -> OnnxModel:
     Args:
         directory: a checkpoint of kind `onnx`.
         threads: threads inside one operator; None leaves the choice to onnxruntime (all cores).
+        device: where to run; what `cuda` has no kernel for runs on the CPU.
 
     Raises:
+        MissingExtra: onnxruntime cannot use the device.
         InputRefused: not an ONNX checkpoint.
         CorruptCheckpoint: a digest differs, or the graph is not readable.
         UnsafeInput: the graph names foreign operators or files.
         Unsupported: onnxruntime cannot run the graph; its reason is in the message.
     """
+    need_device(device)
     checkpoint = open_checkpoint(Path(directory))
     manifest = checkpoint.manifest
     if manifest.kind != "onnx":
@@ -83,20 +102,30 @@ def open_model(directory: Path | str, threads: int | None = None) -> OnnxModel:
     if hashlib.sha256(data).hexdigest() != manifest.files[GRAPH_FILE].sha256:
         raise CorruptCheckpoint(f"{graph}: changed while it was being opened")
     check_graph(data, str(graph), {name: entry.size for name, entry in manifest.files.items()})
-    return OnnxModel(checkpoint, _session(data, graph, threads))
+    return OnnxModel(checkpoint, _session(data, graph, session_options(threads), device), device)
 
 
-def _session(data: bytes, graph: Path, threads: int | None) -> ort.InferenceSession:
-    options = session_options(threads)
+def opened(
+    model: Path | str | OnnxModel, threads: int | None = None, device: Device = "cpu"
+) -> OnnxModel:
+    """The model itself where it is open already, else `open_model` of the directory."""
+    return model if isinstance(model, OnnxModel) else open_model(model, threads, device)
+
+
+def _session(
+    data: bytes, graph: Path, options: ort.SessionOptions, device: Device
+) -> ort.InferenceSession:
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(graph.parent)
     )
     try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, options, providers=providers_of(device))
     except runtime_errors() as error:
         raise Unsupported(
             f"{graph}: onnxruntime {ort.__version__} cannot load it ({_first_line(error)})"
         ) from error
+    need_device(device, session)
+    return session
 
 
 def session_options(threads: int | None = None) -> ort.SessionOptions:

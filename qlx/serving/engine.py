@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qlx.checkpoint import Checkpoint, Manifest, open_checkpoint
-from qlx.errors import require
+from qlx.errors import UsageError, require
 from qlx.inputs import ImagePreprocessor, TextCodec
 from qlx.runtime import (
     Classifier,
+    Device,
     ImageModel,
     KeypointModel,
     Locator,
@@ -19,6 +20,7 @@ from qlx.runtime import (
     TextModel,
     class_labels,
     generation_limits,
+    open_model,
 )
 
 __all__ = ["Engine", "LoadedEngine", "load_engine", "load_engines", "summary"]
@@ -71,7 +73,12 @@ class LoadedEngine:
 
 
 def load_engine(
-    path: Path | str, *, name: str | None = None, base: Any = None, threads: int | None = None
+    path: Path | str,
+    *,
+    name: str | None = None,
+    base: Any = None,
+    threads: int | None = None,
+    device: Device = "cpu",
 ) -> LoadedEngine:
     """Open a checkpoint of any kind and make it ready to answer.
 
@@ -80,26 +87,38 @@ def load_engine(
         name: what requests call it; the manifest's tag by default.
         base: the base model, for a run or an adapter (see `qlx.verification.base_of`).
         threads: threads inside one operator; None leaves the choice to the engine.
+        device: where an ONNX checkpoint runs; other kinds run on the CPU.
 
     Raises:
         InputRefused: not a checkpoint, or its base is missing.
-        MissingExtra: the library that runs this kind is not installed.
+        UsageError: a device other than the CPU for a checkpoint of another kind.
+        MissingExtra: the library that runs this kind, or drives the device, is not installed.
     """
     checkpoint = open_checkpoint(Path(path))
     name = name or checkpoint.manifest.tag
     if checkpoint.manifest.kind == "onnx":
-        return _onnx_engine(checkpoint, name, threads)
+        return _onnx_engine(checkpoint, name, threads, device)
+    if device != "cpu":
+        raise UsageError(
+            f"{path}: --device {device} is for ONNX checkpoints, this is of kind {checkpoint.manifest.kind!r}; "
+            "export it first with qlx export-onnx"
+        )
     return _torch_engine(checkpoint, name, base, threads)
 
 
 def load_engines(
-    path: Path | str, *, name: str | None = None, base: Any = None, threads: int | None = None
+    path: Path | str,
+    *,
+    name: str | None = None,
+    base: Any = None,
+    threads: int | None = None,
+    device: Device = "cpu",
 ) -> list[LoadedEngine]:
     """`load_engine`, and an engine for each of the checkpoint's swappable adapters under the adapter's name.
 
     All of them share one session.
     """
-    engine = load_engine(path, name=name, base=base, threads=threads)
+    engine = load_engine(path, name=name, base=base, threads=threads, device=device)
     return [engine, *(_with_adapter(engine, adapter) for adapter in engine.manifest.adapters)]
 
 
@@ -115,13 +134,15 @@ def _with_adapter(engine: LoadedEngine, adapter: str) -> LoadedEngine:
     return LoadedEngine(adapter, manifest, images, text, keypoints, parent)
 
 
-def _onnx_engine(checkpoint: Checkpoint, name: str, threads: int | None) -> LoadedEngine:
-    manifest = checkpoint.manifest
+def _onnx_engine(
+    checkpoint: Checkpoint, name: str, threads: int | None, device: Device
+) -> LoadedEngine:
+    manifest, model = checkpoint.manifest, open_model(checkpoint.path, threads, device)
     if manifest.task == "image-classification":
-        return LoadedEngine(name, manifest, images=Classifier(checkpoint.path, threads))
+        return LoadedEngine(name, manifest, images=Classifier(model))
     if manifest.task == "heatmap":
-        return LoadedEngine(name, manifest, keypoints=Locator(checkpoint.path, threads))
-    return LoadedEngine(name, manifest, text=TextGenerator(checkpoint.path, threads))
+        return LoadedEngine(name, manifest, keypoints=Locator(model))
+    return LoadedEngine(name, manifest, text=TextGenerator(model))
 
 
 def _torch_engine(

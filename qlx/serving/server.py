@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qlx.errors import UsageError
+from qlx.runtime import Device
 from qlx.serving.app import create_app
 from qlx.serving.engine import Engine, load_engines
 from qlx.serving.guard import LOOPBACK_HOSTS
@@ -30,6 +31,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     threads: int | None = None,
+    device: Device = "cpu",
     api_key_variable: str | None = None,
     limits: ServingLimits | None = None,
     listening: Callable[[str, Sequence[str]], None] | None = None,
@@ -45,6 +47,7 @@ def serve(
         host: address to listen on; the default is reachable from this machine only.
         port: 0 takes a free one.
         threads: threads inside one operator.
+        device: where ONNX checkpoints run.
         api_key_variable: name of the environment variable that holds the key clients must send.
         limits: what a client may cost.
         listening: called with the address and the models' names once it answers; by default they are
@@ -55,9 +58,10 @@ def serve(
     """
     limits = limits or ServingLimits()
     key = _api_key(api_key_variable)
-    engines: list[Engine] = [*load_engines(path, base=base, threads=threads)]
+    rest: Any = {"base": base, "threads": threads, "device": device}
+    engines: list[Engine] = [*load_engines(path, **rest)]
     for name, item in adapters:
-        engines += load_engines(item, name=name, base=base, threads=threads)
+        engines += load_engines(item, name=name, **rest)
     hosts = LOOPBACK_HOSTS if _is_loopback(host) and key is None else None
     app = create_app(
         engines, api_key=key, hosts=None if hosts is None else sorted(hosts), limits=limits

@@ -91,10 +91,18 @@ def test_packed_codes_and_scales_are_carried_byte_for_byte(room, merged):
             values = _dequantized(found, name, scheme, weight.quant_state.shape)
             expected = _with_library(weight)
             assert np.abs(values - expected).max() <= 1e-5 * np.abs(expected).max()
+        for part, bit in ((f"{name}.weight_codes", 1), (f"{name}.weight_absmax", 2**12)):
+            array = found[part].copy()  # negative control: one code, one scale by 0.05 %
+            array.view({1: np.uint8, 4: np.uint32}[array.itemsize])[7] ^= bit
+            values = _dequantized({**found, part: array}, name, scheme, weight.quant_state.shape)
+            assert np.abs(values - expected).max() > 1e-5 * np.abs(expected).max()
         probe = read_probe(done.path)
         assert distance(done, probe.own, probe.mask) < 1e-5
         assert {result.against for result in done.manifest.probe.results} == {"own", "reference"}
         assert done.manifest.quantization == packed.manifest.quantization
+        options = done.manifest.lineage[-1].options
+        assert options["accuracy_level"] == 0
+        assert "levels_rounded" not in options
 
 
 def _dequantized(found, name, scheme, shape):

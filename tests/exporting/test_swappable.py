@@ -393,15 +393,23 @@ def test_another_process_writes_the_same_bytes(exported_with, bases, tmp_path):
 
 
 @SLOW
-@pytest.mark.parametrize("rounding", [{"precision": "fp16"}, {"accuracy_level": 4}])
+@pytest.mark.parametrize(
+    ("rounding", "scheme"),
+    [
+        ({"precision": "fp16"}, "none"),
+        ({"accuracy_level": 4}, "ternary"),
+        ({"accuracy_level": 4}, "nf4"),
+    ],
+)
 def test_a_base_that_rounds_states_its_price_for_every_adapter(
-    exported_with, bases, tmp_path, rounding
+    exported_with, bases, tmp_path, rounding, scheme
 ):
-    scheme = "none" if "precision" in rounding else "ternary"
     name, adapter = next(iter(exported_with("vit", scheme)[0].items()))
     done = export_adapters(bases["vit"], [str(adapter.path)], tmp_path / "out", **rounding)
     (result, *_) = done.manifest.adapters[name].probe.results
     assert 1e-5 < result.metrics["relative"] < 5e-2
+    options = done.manifest.adapters[name].lineage[-1].options
+    assert ("levels_rounded" in options) == (scheme == "nf4")
     assert verify(done.path).passed
     assert read_probe(done.path / f"{name}.probe.safetensors").own is not None
 

@@ -1,5 +1,7 @@
 """Exports of really trained runs: the task's score survives, every layout agrees with the others."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,22 @@ def test_classifying_real_pictures_is_as_good_as_in_torch(digits, digits_run, di
         np.testing.assert_allclose(*likely, atol=1e-4)
         score = evaluate(digits[layout].path).metrics["accuracy"]
         assert score == pytest.approx(np.mean(hits))
+
+
+def test_serving_gets_the_pixels_that_training_got(digits, digits_run):
+    """Bit for bit: the probe holds what the training's own preprocessing made of held-out pictures."""
+    recipe = load_recipe(digits_run / "recipe.yaml")
+    pictures = load_split(recipe.data, "eval").images
+    trained = read_probe(digits_run).inputs["pixel_values"]
+
+    def found(preprocess):
+        served = preprocess(pictures)
+        assert served.dtype == trained.dtype
+        return [any(np.array_equal(one, each) for each in served) for one in trained]
+
+    served = Classifier(digits["merged"].path, threads=1).preprocess
+    assert all(found(served))
+    assert not any(found(replace(served, mean=(0.5, 0.5, 0.501))))  # negative control
 
 
 def test_a_trained_language_model_writes_the_same_text(python_base, python_run, tmp_path):

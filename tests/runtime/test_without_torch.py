@@ -47,3 +47,10 @@ def test_torch_is_really_barred(vit):
     done = run(BARRED + "import qlx.models")
     assert done.returncode == 1
     assert "torch" in done.stderr
+
+
+def test_it_starts_without_what_reads_recipes():
+    """Importing yaml and the recipe's models takes time that no answer needs."""
+    done = run("import sys, qlx.runtime; assert not {'qlx.recipe', 'yaml'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert run("import sys, qlx.recipe; assert 'yaml' not in sys.modules").returncode == 1
