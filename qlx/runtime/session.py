@@ -12,21 +12,31 @@ from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
 from qlx.runtime.adapters import Adapters
 from qlx.runtime.graph_guard import check_graph
 
-__all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model", "runtime_errors"]
+__all__ = [
+    "DATA_FILE",
+    "FUSED_ATTENTION",
+    "GRAPH_FILE",
+    "OnnxModel",
+    "open_model",
+    "runtime_errors",
+]
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+FUSED_ATTENTION = "GroupQueryAttention"
 
 
 @dataclass(frozen=True)
 class OnnxModel:
     """An opened ONNX checkpoint: the verified directory and a session over its graph.
 
-    `shapes` maps each input's name to its shape; a name stands for a free dimension.
+    `shapes` maps each input's name to its shape; a name stands for a free dimension. `fused`: the graph's
+    attention is onnxruntime's own operator, which appends to the cache in place.
     """
 
     checkpoint: Checkpoint
     session: ort.InferenceSession
+    fused: bool = False
 
     @property
     def path(self) -> Path:
@@ -82,8 +92,10 @@ def open_model(directory: Path | str, threads: int | None = None) -> OnnxModel:
     data = graph.read_bytes()
     if hashlib.sha256(data).hexdigest() != manifest.files[GRAPH_FILE].sha256:
         raise CorruptCheckpoint(f"{graph}: changed while it was being opened")
-    check_graph(data, str(graph), {name: entry.size for name, entry in manifest.files.items()})
-    return OnnxModel(checkpoint, _session(data, graph, threads))
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+    facts = check_graph(data, str(graph), sizes)
+    fused = FUSED_ATTENTION in facts.operators
+    return OnnxModel(checkpoint, _session(data, graph, threads), fused)
 
 
 def _session(data: bytes, graph: Path, threads: int | None) -> ort.InferenceSession:
