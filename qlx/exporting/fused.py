@@ -40,22 +40,30 @@ FUSED_OPSET = 23
 """The first with RMSNormalization."""
 
 _NAME = "qlx_fused"
+_HEAD_MULTIPLE = 8
 _MASKED = -1e9
 """Added to the score of what may not be seen: exp of it is 0 in float32, and a row of nothing else is no NaN."""
 
 
 def can_fuse(model: nn.Module, task: str) -> bool:
-    """Whether `fused` knows this model's architecture."""
+    """Whether `fused` can be used: a known architecture, causal, with a head size that the kernel takes."""
     config: Any = model.config
-    return task == "causal-lm" and config.model_type in FUSED
+    if task != "causal-lm" or config.model_type not in FUSED:
+        return False
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    causal = not getattr(config, "use_bidirectional_attention", False)
+    return causal and size % _HEAD_MULTIPLE == 0
 
 
 class _Step:
-    """What all layers of one forward share: the mask as a bias, lengths, the rotation's tables, the cache layer at hand."""
+    """What all layers of one forward share, computed once: mask, lengths, tables; and the cache layer at hand.
+
+    `bias` [B, 1, T, total]; `lengths` int32: each row's last place in the cache [B], and the total [1].
+    """
 
     def __init__(self) -> None:
         self.bias: Tensor | None = None
-        self.lengths: tuple[Tensor, Tensor] | None = None
+        self.lengths: tuple[Tensor, ...] = ()
         self.tables: dict[int, tuple[Any, ...]] = {}
         self.layer: Any = None
 
@@ -182,7 +190,7 @@ def _attention(step: _Step) -> Callable[..., tuple[Tensor, None]]:
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    """x scaled to a mean square of 1 over its last axis, times the weight (Gemma's counts from 1)."""
+    """The input scaled to a mean square of 1 over its last axis, times the weight (Gemma's counts from 1)."""
     gemma = not hasattr(module, "variance_epsilon")
     weight = 1.0 + module.weight if gemma else module.weight
     epsilon = module.eps if gemma else module.variance_epsilon
