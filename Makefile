@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-from-constraints
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup quickstart test test-all check benchmarks clean
+.PHONY: help setup quickstart test test-all check benchmarks peers clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,16 @@ benchmarks: $(STAMP) ## measure what the docs state
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "no benchmarks yet" >&2; exit 1; }
 	@set -e; for script in benchmarks/*.py; do echo "$$script" >&2; $(OFFLINE) $(BIN)/python "$$script"; done
 
+# What it is compiled for: by default this machine. Where llama.cpp then ends with a signal, name less (docs/onnx-speed.md).
+PEER_CMAKE ?= -DGGML_NATIVE=ON
+
+peers: .venv-peers/bin/python ## .venv-peers with llama-cpp-python, compiled from its source: minutes, and a C++ compiler
+
+.venv-peers/bin/python: $(STAMP)
+	$(BIN)/python -m venv .venv-peers
+	CMAKE_ARGS="$(PEER_CMAKE)" .venv-peers/bin/python -m pip install --quiet --no-binary llama-cpp-python llama-cpp-python==0.3.36 \
+	  || { rm -rf .venv-peers; exit 1; }
+
 clean: ## remove what the other targets made, .venv included
-	rm -rf $(VENV) quickstart-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers quickstart-output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

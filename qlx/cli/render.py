@@ -190,6 +190,7 @@ def print_manifest(console: "Console", data: Mapping[str, Any]) -> None:
     facts += [("base", _base(manifest["base"]))] if manifest["base"] else []
     facts += [("quantization", _quantization(manifest["quantization"]))]
     facts += [("adapter", _adapter(manifest["adapter"]))] if manifest["adapter"] else []
+    facts += [("attention", each) for each in _attention(manifest["lineage"])]
     facts += [("lineage", " → ".join(step["command"] for step in manifest["lineage"]))]
     for name, value in facts:
         console.print(f"  {name:<13} {value}")
@@ -203,6 +204,12 @@ def print_manifest(console: "Console", data: Mapping[str, Any]) -> None:
 def _base(base: Mapping[str, Any]) -> str:
     revision = f"@{base['revision']}" if base["revision"] else ""
     return f"{base['name']}{revision} ({base['fingerprint'][:19]}…)"
+
+
+def _attention(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What an exported language model's attention is; nothing of anything else."""
+    told = lineage[-1]["options"].get("attention") if lineage else None
+    return [str(told)] if told else []
 
 
 def _quantization(spec: Mapping[str, Any]) -> str:

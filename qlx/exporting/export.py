@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from qlx.checkpoint import (
     write_probe,
 )
 from qlx.errors import InputRefused, Unsupported, UsageError
+from qlx.exporting.fused import can_fuse
 from qlx.exporting.genai import write_generation_config
 from qlx.exporting.graph import build_graph, write_graph
 from qlx.exporting.quiet import quiet
@@ -37,6 +39,7 @@ __all__ = [
     "arithmetic_of",
     "export_onnx",
     "report_rounding",
+    "write_language",
 ]
 
 PACKED = ("nf4", "fp4", "int8", "int4", "int2", "ternary")
@@ -100,10 +103,10 @@ def export_onnx(
     own_base = base_of(source, base)
     with new_checkpoint(Path(output), force=force) as staging:
         report(f"tracing the model ({arithmetic.precision})")
-        arithmetic = _write_model(source, own_base, arithmetic, staging)
+        arithmetic, attention = _write_model(source, own_base, arithmetic, staging)
         report_rounding(arithmetic, report)
         write_probe(staging / PROBE_FILE, probe)
-        manifest = seal(staging, _manifest(source, own_base, arithmetic))
+        manifest = seal(staging, _manifest(source, own_base, {**arithmetic.options(), **attention}))
         report("replaying the probe under onnxruntime")
         _prove(staging, manifest, probe, arithmetic)
     return open_checkpoint(Path(output))
@@ -201,8 +204,12 @@ def _precision(scheme: str | None, wanted: str | None) -> str:
 
 def _write_model(
     source: Checkpoint, base: Source | None, arithmetic: Arithmetic, staging: Path
-) -> Arithmetic:
-    """The graph, its weights and the small files a runtime reads."""
+) -> tuple[Arithmetic, dict[str, object]]:
+    """The graph, its weights and the small files a runtime reads.
+
+    Returns:
+        The arithmetic, with what it rounded; what `write_language` says of the graph.
+    """
     from qlx.models import load_model
 
     task = source.manifest.task
@@ -210,21 +217,29 @@ def _write_model(
         loaded = load_model(source, base)
     model, prefixes = separate_adapter(loaded.eval())
     arithmetic = arithmetic.applied(model)
-    graph = build_graph(model, task, half=arithmetic.precision == "fp16", prefixes=prefixes)
+    fuse = can_fuse(model, task)
+    half = arithmetic.precision == "fp16"
+    graph = build_graph(model, task, half=half, prefixes=prefixes, fuse=fuse)
     write_graph(graph, staging, task)
     copy_companions(staging, source.path)
-    if task == "causal-lm":
-        write_generation_config(staging, model)
-    return arithmetic
+    return arithmetic, write_language(model, task, staging, fused=fuse)
 
 
-def _manifest(source: Checkpoint, base: Source | None, arithmetic: Arithmetic) -> Manifest:
+def write_language(model: Any, task: str, staging: Path, *, fused: bool) -> dict[str, object]:
+    """What generation needs beside a language model's graph; what the manifest says of its attention."""
+    if task != "causal-lm":
+        return {}
+    write_generation_config(staging, model, fused=fused)
+    return {"attention": "fused" if fused else "generic"}
+
+
+def _manifest(source: Checkpoint, base: Source | None, facts: dict[str, object]) -> Manifest:
     separate = needs_base(source.manifest)
     layout = "separate" if separate else source.manifest.kind
     parents = [source.digest] if base is None else [source.digest, base.fingerprint]
-    options = {**arithmetic.options(), "layout": layout}
+    options = {**facts, "layout": layout}
     step = next_step(COMMAND, parents=parents, options=options)
-    suffix = "onnx_fp16" if arithmetic.precision == "fp16" else "onnx"
+    suffix = "onnx_fp16" if facts["precision"] == "fp16" else "onnx"
     return source.manifest.with_step(
         step, kind="onnx", tag=f"{source.manifest.tag}_{suffix}", files={}
     )

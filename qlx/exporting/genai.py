@@ -1,7 +1,7 @@
 """The `genai_config.json` beside a language model: what onnxruntime-genai, and qlx.runtime, read.
 
-Key names are those of onnxruntime-genai's own builder; the graph keeps separate past and present
-buffers, so sharing them is switched off.
+Key names are those of onnxruntime-genai's own builder. Past and present are one buffer where the graph has
+fused attention, and separate tensors elsewhere.
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ __all__ = ["CONFIG_FILE", "generation_config", "write_generation_config"]
 CONFIG_FILE = "genai_config.json"
 
 
-def write_generation_config(directory: Path, model: Any) -> None:
+def write_generation_config(directory: Path, model: Any, *, fused: bool) -> None:
     """Write the configuration of a transformers causal LM into `directory`; equal models give equal bytes."""
-    (directory / CONFIG_FILE).write_bytes(canonical_json(generation_config(model)))
+    (directory / CONFIG_FILE).write_bytes(canonical_json(generation_config(model, fused=fused)))
 
 
-def generation_config(model: Any) -> dict[str, Any]:
-    """The configuration as a value.
+def generation_config(model: Any, *, fused: bool = False) -> dict[str, Any]:
+    """The configuration as a value; `fused` says what attention the graph has.
 
     Raises:
         Unsupported: the model names no end token or no context length.
@@ -38,7 +38,7 @@ def generation_config(model: Any) -> dict[str, Any]:
             "vocab_size": config.vocab_size,
             "decoder": _decoder(config),
         },
-        "search": _search(length),
+        "search": _search(length, fused),
     }
 
 
@@ -71,7 +71,7 @@ def _decoder(config: Any) -> dict[str, Any]:
     }
 
 
-def _search(length: int) -> dict[str, Any]:
+def _search(length: int, fused: bool) -> dict[str, Any]:
     """Greedy by default, as qlx's own runtime is."""
     return {
         "do_sample": False,
@@ -80,7 +80,7 @@ def _search(length: int) -> dict[str, Any]:
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "past_present_share_buffer": False,
+        "past_present_share_buffer": fused,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_k": 1,

@@ -31,6 +31,7 @@ def build_graph(
     half: bool = False,
     prefixes: Mapping[str, str] | None = None,
     swappable: bool = False,
+    fuse: bool = False,
 ) -> ir.Model:
     """Trace a module in eval mode and turn the trace into its final form.
 
@@ -40,12 +41,16 @@ def build_graph(
         half: store large weights as float16.
         prefixes: old → new prefix of initializer names.
         swappable: adapters are inputs of the graph (`SwappableLora` holds their places).
+        fuse: trace attention and norms as onnxruntime's own operators (`can_fuse` says of which models).
 
     Returns:
         A graph whose bytes depend only on the weights and the architecture.
     """
-    graph = trace(model, task)
+    graph = trace(model, task, fuse=fuse)
     passes.optimise(graph)
+    if fuse:
+        passes.drop_reshapes(graph)
+        passes.fuse_residual_norms(graph)
     passes.rename_initializers(graph, _renamed(graph, prefixes or {}))
     passes.transpose_weights(graph)
     passes.name_interface(graph)

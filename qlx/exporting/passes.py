@@ -18,6 +18,8 @@ from qlx.runtime import ADAPTER_PARTS
 __all__ = [
     "CONTRIB_DOMAIN",
     "declare_adapters",
+    "drop_reshapes",
+    "fuse_residual_norms",
     "import_contrib_operators",
     "name_interface",
     "optimise",
@@ -151,6 +153,77 @@ def _halved(tensor: Any, name: str) -> ir.LazyTensor:
         return ir.tensor(tensor.numpy().astype(np.float16))
 
     return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT16, shape=tensor.shape, name=name)
+
+
+def drop_reshapes(model: ir.Model) -> None:
+    """Remove reshapes that undo each other.
+
+    Requires: inferred shapes, as the tracer leaves them.
+    Ensures: a chain of reshapes is one, from where it began; one that gives back the shape it began with is none.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "Reshape":
+            continue
+        begin = node.inputs[0]
+        while begin is not None and (maker := begin.producer()) is not None:
+            if maker.op_type != "Reshape":
+                break
+            begin = maker.inputs[0]
+        if begin is None:
+            continue
+        if _same_shape(begin, node.outputs[0]):
+            ir.convenience.replace_all_uses_with(node.outputs[0], begin)
+        else:
+            node.replace_input_with(0, begin)
+    for node in reversed(list(graph)):
+        outputs = node.outputs
+        if node.op_type == "Reshape" and not any(
+            each.uses() or each.is_graph_output() for each in outputs
+        ):
+            graph.remove(node, safe=True)
+
+
+def _same_shape(one: ir.Value, other: ir.Value) -> bool:
+    return one.shape is not None and one.shape == other.shape
+
+
+def fuse_residual_norms(model: ir.Model) -> None:
+    """Replace `RMSNormalization(a + b)` by `SkipSimplifiedLayerNormalization(a, b)`, which gives the sum too.
+
+    Requires: inferred shapes. Ensures: the same values; a and b have one shape of three axes.
+    """
+    graph = model.graph
+    for node in list(graph):
+        maker = node.inputs[0].producer() if node.op_type == "RMSNormalization" else None
+        if maker is None or maker.op_type != "Add" or not _both_whole(maker):
+            continue
+        epsilon = node.attributes["epsilon"].as_float()
+        fused = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [*maker.inputs, node.inputs[1]],
+            {"epsilon": epsilon},
+            domain=CONTRIB_DOMAIN,
+            num_outputs=4,
+            version=1,
+        )
+        normed, _, _, total = fused.outputs
+        graph.insert_before(node, fused)
+        for old, new in ((node.outputs[0], normed), (maker.outputs[0], total)):
+            new.name, new.shape, new.type = old.name, old.shape, old.type
+            ir.convenience.replace_all_uses_with(old, new)
+        graph.remove([node, maker], safe=True)
+    graph.sort()
+
+
+def _both_whole(addition: ir.Node) -> bool:
+    first, second = addition.inputs
+    return (
+        first is not None
+        and second is not None
+        and _same_shape(first, second)
+        and len(first.shape or ()) == 3
+    )
 
 
 def name_interface(model: ir.Model) -> None:

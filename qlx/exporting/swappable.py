@@ -32,8 +32,15 @@ from qlx.checkpoint import (
     write_probe,
 )
 from qlx.errors import CheckFailed, InputRefused, Mismatch, Unsupported, UsageError
-from qlx.exporting.export import ADVICE, COMMAND, Arithmetic, arithmetic_of, report_rounding
-from qlx.exporting.genai import write_generation_config
+from qlx.exporting.export import (
+    ADVICE,
+    COMMAND,
+    Arithmetic,
+    arithmetic_of,
+    report_rounding,
+    write_language,
+)
+from qlx.exporting.fused import can_fuse
 from qlx.exporting.graph import build_graph, write_graph
 from qlx.exporting.quiet import quiet
 from qlx.exporting.separate import make_swappable
@@ -117,10 +124,10 @@ def export_adapters(
     job = _Job(source, opened, arithmetic_of(scheme, precision, accuracy_level))
     with new_checkpoint(Path(output), force=force) as staging:
         report(f"tracing the base ({job.arithmetic.precision}) with room for {len(named)} adapters")
-        job = job.written(staging)
+        job, attention = job.written(staging)
         report_rounding(job.arithmetic, report)
         report("replaying the probes under onnxruntime")
-        sealed(staging, job.proven(staging, seal(staging, job.manifest())))
+        sealed(staging, job.proven(staging, seal(staging, job.manifest(attention))))
     return open_checkpoint(Path(output))
 
 
@@ -199,8 +206,12 @@ class _Job:
     def task(self) -> str:
         return self.first.manifest.task
 
-    def written(self, staging: Path) -> "_Job":
-        """Write everything but the manifest; the job with what that rounded."""
+    def written(self, staging: Path) -> tuple["_Job", dict[str, object]]:
+        """Write everything but the manifest.
+
+        Returns:
+            The job with what was rounded; what the manifest says of the graph's attention.
+        """
         with quiet():
             model = load_as_trained(self.first, self.source)
             computing_in(model, torch.float32).eval()
@@ -209,17 +220,19 @@ class _Job:
         prefixes = make_swappable(model, _places(updates.values()))
         arithmetic = self.arithmetic.applied(model)
         half = self.arithmetic.precision == "fp16"
-        graph = build_graph(model, self.task, half=half, prefixes=prefixes, swappable=True)
+        fuse = can_fuse(model, self.task)
+        graph = build_graph(
+            model, self.task, half=half, prefixes=prefixes, swappable=True, fuse=fuse
+        )
         write_graph(graph, staging, self.task)
         copy_companions(staging, self.first.path)
-        if self.task == "causal-lm":
-            write_generation_config(staging, model)
         for name, each in updates.items():
             write_adapter_file(staging / _file(name), each)
             write_probe(
                 staging / _probe_file(name), replace(probe_of(self.adapters[name]), own=None)
             )
-        return replace(self, arithmetic=arithmetic)
+        job = replace(self, arithmetic=arithmetic)
+        return job, write_language(model, self.task, staging, fused=fuse)
 
     def _base_probe(self, model: nn.Module) -> Probe:
         """The first adapter's inputs, with what the base computes of them.
@@ -230,7 +243,7 @@ class _Job:
         reference = forward_logits(model, self.first.manifest.task, probe.inputs)
         return Probe(probe.task, probe.inputs, reference=reference, labels=probe.labels)
 
-    def manifest(self) -> Manifest:
+    def manifest(self, attention: dict[str, object]) -> Manifest:
         """The manifest before any replay."""
         recorded = self.first.manifest
         name = self.source.reference().name.rstrip("/").rpartition("/")[2]
@@ -240,19 +253,19 @@ class _Job:
             tag=f"{name}_{self._suffix()}"[:200],
             base=self.source.reference(),
             quantization=recorded.quantization,
-            lineage=(self._step([each.digest for each in self.adapters.values()]),),
+            lineage=(self._step([each.digest for each in self.adapters.values()], attention),),
             probe=ProbeRecord(reference=_REFERENCE),
-            adapters={name: self._entry(name, each) for name, each in self.adapters.items()},
+            adapters={n: self._entry(n, each, attention) for n, each in self.adapters.items()},
         )
 
     def _suffix(self) -> str:
         return "onnx_fp16" if self.arithmetic.precision == "fp16" else "onnx"
 
-    def _step(self, digests: Sequence[str]) -> Step:
-        options = {**self.arithmetic.options(), "layout": "swappable"}
+    def _step(self, digests: Sequence[str], attention: dict[str, object]) -> Step:
+        options = {**self.arithmetic.options(), **attention, "layout": "swappable"}
         return next_step(COMMAND, parents=[*digests, self.source.fingerprint], options=options)
 
-    def _entry(self, name: str, adapter: Checkpoint) -> AdapterEntry:
+    def _entry(self, name: str, adapter: Checkpoint, attention: dict[str, object]) -> AdapterEntry:
         recorded = adapter.manifest
         assert recorded.adapter is not None
         assert recorded.probe is not None
@@ -261,7 +274,7 @@ class _Job:
             digest=adapter.digest,
             tag=f"{recorded.tag}_{self._suffix()}"[:200],
             adapter=recorded.adapter,
-            lineage=(*recorded.lineage, self._step([adapter.digest])),
+            lineage=(*recorded.lineage, self._step([adapter.digest], attention)),
             probe=recorded.probe.model_copy(update={"file": _probe_file(name)}),
         )
 

@@ -5,6 +5,7 @@ filled cache, so that one graph prefills (empty cache) and decodes; the sample i
 all-ones mask makes the exporter drop `attention_mask`.
 """
 
+import contextlib
 from typing import Any
 
 import onnx_ir as ir
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from qlx.errors import Unsupported
+from qlx.exporting.fused import FUSED_OPSET, fused
 from qlx.exporting.quiet import quiet
 from qlx.models import image_shape
 
@@ -22,8 +24,13 @@ _TRACE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupErro
 """What tracing raises on a model it cannot follow; torch's own errors are RuntimeErrors."""
 
 
-def trace(model: nn.Module, task: str) -> ir.Model:
+def trace(model: nn.Module, task: str, *, fuse: bool = False) -> ir.Model:
     """Trace a model in eval mode; inputs and outputs keep the exporter's names.
+
+    Args:
+        model: the module; with `fuse` one that `can_fuse`.
+        task: of the checkpoint it came from.
+        fuse: trace attention and norms as onnxruntime's own operators.
 
     Raises:
         Unsupported: torch cannot trace the architecture; its reason is in the message.
@@ -32,9 +39,12 @@ def trace(model: nn.Module, task: str) -> ir.Model:
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     sample, shapes = _text_sample(model) if task == "causal-lm" else _image_sample(model)
-    config = OnnxConfig(dynamic_shapes=shapes, optimize=False)
+    config = OnnxConfig(
+        dynamic_shapes=shapes, optimize=False, opset_version=FUSED_OPSET if fuse else None
+    )
+    operators = fused(model) if fuse else contextlib.nullcontext()
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), operators:
             return OnnxExporter().export(model, sample, config).program
     except _TRACE_ERRORS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

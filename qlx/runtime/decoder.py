@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qlx.errors import CorruptCheckpoint
 from qlx.runtime.adapters import AdapterChoice, ChosenAdapter
+from qlx.runtime.cache import Cache, ReturnedCache, SharedCache
 from qlx.runtime.session import OnnxModel
 
 __all__ = ["CausalDecoder", "positions"]
@@ -33,7 +34,7 @@ def positions(mask: Array) -> Array:
 class CausalDecoder:
     """One sequence batch being decoded; holds the keys and values of everything fed so far.
 
-    The cache stays inside onnxruntime, on its device, between steps; only logits are copied out.
+    The cache stays where it is between steps, or inside onnxruntime on its device; only logits are copied out.
 
     Args:
         model: an opened causal LM.
@@ -48,15 +49,12 @@ class CausalDecoder:
     def __init__(
         self, model: OnnxModel, batch: int = 1, adapter: AdapterChoice | ChosenAdapter = None
     ) -> None:
-        self._model = model
         self._adapter = model.adapters.choose(adapter).for_batch(batch)
-        self._past = _cache_inputs(model)
-        self._outputs = model.outputs
         self._mask = np.zeros((batch, 0), np.int64)
-        self._cache = [
-            ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, 0, size), np.float32))
-            for heads, size in self._past.values()
-        ]
+        layers = _cache_inputs(model)
+        self._by_column = model.fused and batch > 1
+        kind = SharedCache if model.fused else ReturnedCache
+        self._cache: Cache = kind(model, layers, batch)
 
     @property
     def length(self) -> int:
@@ -71,6 +69,14 @@ class CausalDecoder:
         """
         tokens = np.asarray(tokens, np.int64)
         fresh = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
+        if not (self._by_column and self.length):
+            return self._feed(tokens, fresh)
+        # The fused kernel appends several tokens to a filled cache for one sequence only.
+        columns = range(tokens.shape[1])
+        steps = [self._feed(tokens[:, at : at + 1], fresh[:, at : at + 1]) for at in columns]
+        return np.concatenate(steps, axis=1)
+
+    def _feed(self, tokens: Array, fresh: Array) -> Array:
         self._mask = np.concatenate([self._mask, fresh], axis=1)
         feeds = {
             "input_ids": tokens,
@@ -81,10 +87,7 @@ class CausalDecoder:
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a))
             for name, a in feeds.items()
         }
-        values.update(zip(self._past, self._cache, strict=True))
-        values.update(self._adapter)
-        logits, *self._cache = self._model.run(self._outputs, values, stay=self._outputs[1:])
-        return np.asarray(logits.numpy(), np.float32)
+        return self._cache.run({**values, **self._adapter}, self.length)
 
 
 def _cache_inputs(model: OnnxModel) -> dict[str, tuple[int, int]]:

@@ -1,7 +1,7 @@
 """A look into the bytes of `model.onnx` before onnxruntime sees them; needs no onnx package.
 
 Only the protobuf wire format and the few field numbers of onnx.proto3 that matter are known here:
-operator domains, local functions, and where tensors claim to lie outside the graph file.
+operators and their domains, local functions, and where tensors claim to lie outside the graph file.
 """
 
 import math
@@ -22,7 +22,7 @@ _MAX_DEPTH = 16
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTION = 7, 8, 25
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
-_NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
+_NODE_OPERATOR, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
 _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = (5, 10), (6, 11)
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
@@ -40,10 +40,11 @@ class ExternalTensor:
 
 @dataclass
 class GraphFacts:
-    """What a graph file says about itself: opset imports, node domains, external tensors."""
+    """What a graph file says about itself: opset imports, node domains and operators, external tensors."""
 
     opsets: dict[str, int] = field(default_factory=dict)
     domains: set[str] = field(default_factory=set)
+    operators: set[str] = field(default_factory=set)
     external: list[ExternalTensor] = field(default_factory=list)
     functions: int = 0
 
@@ -126,6 +127,8 @@ def _walk_node(node: memoryview, facts: GraphFacts, depth: int) -> None:
     for number, value in _fields(node):
         if number == _NODE_DOMAIN:
             domain = _text(value)
+        elif number == _NODE_OPERATOR:
+            facts.operators.add(_text(value))
         elif number == _NODE_ATTRIBUTE:
             for inner, part in _fields(_message(value)):
                 if inner in _ATTRIBUTE_TENSORS:

@@ -14,22 +14,33 @@ from qlx.runtime.adapters import Adapters
 from qlx.runtime.devices import Device, need_device, providers_of, ran_on
 from qlx.runtime.graph_guard import check_graph
 
-__all__ = ["DATA_FILE", "GRAPH_FILE", "OnnxModel", "open_model", "opened", "runtime_errors"]
+__all__ = [
+    "DATA_FILE",
+    "FUSED_ATTENTION",
+    "GRAPH_FILE",
+    "OnnxModel",
+    "open_model",
+    "opened",
+    "runtime_errors",
+]
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+FUSED_ATTENTION = "GroupQueryAttention"
 
 
 @dataclass(frozen=True)
 class OnnxModel:
     """An opened ONNX checkpoint: the verified directory and a session over its graph.
 
-    `shapes` maps each input's name to its shape; a name stands for a free dimension.
+    `shapes` maps each input's name to its shape; a name stands for a free dimension. `fused`: the graph's
+    attention is onnxruntime's own operator, which appends to the cache in place.
     """
 
     checkpoint: Checkpoint
     session: ort.InferenceSession
     device: Device = "cpu"
+    fused: bool = False
 
     @property
     def path(self) -> Path:
@@ -101,8 +112,10 @@ def open_model(
     data = graph.read_bytes()
     if hashlib.sha256(data).hexdigest() != manifest.files[GRAPH_FILE].sha256:
         raise CorruptCheckpoint(f"{graph}: changed while it was being opened")
-    check_graph(data, str(graph), {name: entry.size for name, entry in manifest.files.items()})
-    return OnnxModel(checkpoint, _session(data, graph, session_options(threads), device), device)
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+    facts = check_graph(data, str(graph), sizes)
+    session = _session(data, graph, session_options(threads), device)
+    return OnnxModel(checkpoint, session, device, FUSED_ATTENTION in facts.operators)
 
 
 def opened(

@@ -54,6 +54,13 @@ class Architecture:
     fields: dict[str, Any]
     refused: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def attention(self) -> str:
+        """What the graph's attention is; "" for a model without a cache."""
+        if self.task == PICTURES:
+            return ""
+        return "generic" if self.model_type in ("gpt2", "opt") else "fused"
+
 
 def _text(name: str, model_type: str, *, tied: bool = False, **more: Any) -> Architecture:
     return Architecture(name, TEXT, model_type, _TEXT | {"tie_word_embeddings": tied} | more)
@@ -138,15 +145,16 @@ def document() -> str:
         "**=** the graph gives the outputs of the checkpoint it was made of: in fp32 and packed within 1e-4",
         "(relative, on a padded batch), in fp16 within 0.4 %. **✗** refused before anything is written, with the",
         "reason below. Packed graphs hold the checkpoint's own codes; what packing itself costs is another",
-        "question ([packing](packing.md)).",
+        "question ([packing](packing.md)). *Fused* attention is onnxruntime's own operator, with its cache grown in",
+        "place ([how fast](onnx-speed.md)); *generic* is the architecture's own, traced.",
         "",
-        f"| architecture | {' | '.join(FORMS)} |",
-        "|---|" + "---|" * len(FORMS),
+        f"| architecture | attention | {' | '.join(FORMS)} |",
+        "|---|---|" + "---|" * len(FORMS),
     ]
     reasons: list[str] = []
     for row in ARCHITECTURES:
         cells = [_mark(row.refused.get(form), reasons) for form in FORMS]
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+        lines.append(f"| {row.name} | {row.attention or '–'} | {' | '.join(cells)} |")
     lines += ["", *(f"{at}. {reason}" for at, reason in enumerate(reasons, 1))]
     lines += [
         "",

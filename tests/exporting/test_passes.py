@@ -181,3 +181,62 @@ class Undecided(nn.Module):
 def test_a_model_that_cannot_be_traced_is_refused_with_the_reason():
     with pytest.raises(Unsupported, match="Undecided: torch cannot export"):
         build_graph(Undecided().eval(), "image-classification")
+
+
+def chain(other_shape):
+    """A sum, reshaped there and back, then its RMS norm and the sum itself."""
+    kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", 4])
+    x = ir.Value(name="pixel_values", shape=shape, type=kind)
+    weight, other, there, back = (
+        ir.Value(name=n, shape=ir.Shape(t.shape), type=ir.TensorType(t.dtype), const_value=t)
+        for n, t in {
+            "weight": ir.tensor(np.arange(1, 5, dtype=np.float32)),
+            "other": ir.tensor(np.full(other_shape, 0.5, np.float32)),
+            "there": ir.tensor(np.array([-1, 4])),
+            "back": ir.tensor(np.array([2, 3, 4])),
+        }.items()
+    )
+    scaled = ir.node("Mul", [x, other])
+    total = ir.node("Add", [x, scaled.outputs[0] if other_shape else other])
+    flat = ir.node("Reshape", [total.outputs[0], there])
+    whole = ir.node("Reshape", [flat.outputs[0], back])
+    norm = ir.node("RMSNormalization", [whole.outputs[0], weight], {"axis": -1, "epsilon": 1e-3})
+    both = ir.node("Add", [norm.outputs[0], total.outputs[0]])
+    for node in (scaled, total, whole, norm, both):
+        node.outputs[0].shape, node.outputs[0].type = shape, kind
+    flat.outputs[0].shape, flat.outputs[0].type = ir.Shape(["rows", 4]), kind
+    both.outputs[0].name = "logits"
+    nodes = [scaled, total, flat, whole, norm, both]
+    constants = [weight, other, there, back]
+    graph = ir.Graph(
+        [x],
+        [both.outputs[0]],
+        nodes=nodes,
+        initializers=constants,
+        opset_imports={"": 23},
+        name="g",
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+SMALL = np.random.default_rng(4).standard_normal((2, 3, 4)).astype(np.float32)
+
+
+def test_reshapes_there_and_back_go_and_a_sum_joins_its_norm():
+    model = chain((4,))
+    before = run(model, SMALL)
+    passes.drop_reshapes(model)
+    assert [node.op_type for node in model.graph] == ["Mul", "Add", "RMSNormalization", "Add"]
+    np.testing.assert_array_equal(run(model, SMALL), before)
+    passes.fuse_residual_norms(model)
+    passes.import_contrib_operators(model)
+    found = [node.op_type for node in model.graph]
+    assert found == ["Mul", "SkipSimplifiedLayerNormalization", "Add"]
+    np.testing.assert_allclose(run(model, SMALL), before, rtol=1e-5)
+
+
+def test_a_sum_of_other_shapes_keeps_its_norm_apart():
+    model = chain(())
+    passes.drop_reshapes(model)
+    passes.fuse_residual_norms(model)
+    assert "RMSNormalization" in [node.op_type for node in model.graph]

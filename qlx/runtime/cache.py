@@ -1,0 +1,108 @@
+"""Keys and values of a sequence batch between the runs of a causal LM's graph.
+
+A graph of onnxruntime's fused attention appends to a buffer in place: `SharedCache` gives it one of fixed size
+for input and output, so that a step copies nothing. Any other graph returns its cache as new tensors, which
+`ReturnedCache` hands back.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from qlx.runtime.devices import Device
+from qlx.runtime.session import OnnxModel
+
+__all__ = ["Cache", "ReturnedCache", "SharedCache"]
+
+Array = NDArray[Any]
+Values = Mapping[str, ort.OrtValue]
+
+_ROOM = 256
+"""Tokens beyond those at hand that a new buffer has room for."""
+
+
+class Cache(Protocol):
+    """One sequence batch's keys and values."""
+
+    def run(self, values: Values, total: int) -> Array:
+        """Run the graph; `values` are its other inputs, `total` the tokens the cache holds afterwards.
+
+        Returns:
+            The logits.
+        """
+        ...
+
+
+class ReturnedCache:
+    """Cache tensors that each run returns, one token longer or more, and the next takes.
+
+    Args:
+        model: its graph's first output is the logits, the others are the cache, which stays on the model's device.
+        layers: (heads, head size) by name of the cache input.
+        batch: number of sequences.
+    """
+
+    def __init__(self, model: OnnxModel, layers: Mapping[str, tuple[int, int]], batch: int) -> None:
+        self._model = model
+        self._outputs = model.outputs
+        self._held = {name: _value(_empty(batch, size, 0)) for name, size in layers.items()}
+
+    def run(self, values: Values, total: int) -> Array:
+        """See `Cache`."""
+        inputs = {**values, **self._held}
+        logits, *present = self._model.run(self._outputs, inputs, stay=self._outputs[1:])
+        self._held = dict(zip(self._held, present, strict=True))
+        return np.asarray(logits.numpy(), np.float32)
+
+
+class SharedCache:
+    """Buffers with room to grow, which the graph reads and appends to in place.
+
+    They are replaced by larger ones, at least twice the size, when a run would not fit.
+
+    Args:
+        model: its graph's attention takes past and present as one buffer, which lies on the model's device.
+        layers: (heads, head size) by name of the cache input.
+        batch: number of sequences.
+    """
+
+    def __init__(self, model: OnnxModel, layers: Mapping[str, tuple[int, int]], batch: int) -> None:
+        self._session, self._device = model.session, model.device
+        self._binding = model.session.io_binding()
+        self._layers, self._batch = layers, batch
+        self._buffers: dict[str, ort.OrtValue] = {}
+        self._room = 0
+
+    def run(self, values: Values, total: int) -> Array:
+        """See `Cache`."""
+        if total > self._room:
+            self._grow(max(total + _ROOM, 2 * self._room))
+        for name, value in values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(self._binding)
+        return np.asarray(self._binding.get_outputs()[0].numpy(), np.float32)
+
+    def _grow(self, room: int) -> None:
+        self._binding.clear_binding_outputs()
+        self._binding.bind_output("logits", "cpu")
+        for name, size in self._layers.items():
+            wider = _empty(self._batch, size, room)
+            if self._room:
+                wider[:, :, : self._room] = self._buffers[name].numpy()
+            self._buffers[name] = value = _value(wider, self._device)
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+        self._room = room
+
+
+def _empty(batch: int, size: tuple[int, int], length: int) -> Array:
+    heads, width = size
+    return np.zeros((batch, heads, length, width), np.float32)
+
+
+def _value(array: Array, device: Device = "cpu") -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
