@@ -275,7 +275,7 @@ def _exact(
         _of(section.alpha_pattern, name, section.alpha), rank, use_rslora=section.use_rslora
     )
     try:
-        grid = Grid.of(packed_of_module(layer), weight)
+        grid = Grid.of(packed_of_module(layer), None if section.folded else weight)
     except Unsupported as error:
         raise Unsupported(f"adapter.exact: layer {name!r}: {error}") from error
     if section.folded and not (grid.has_zeros and grid.packed.scheme in _FOLDS):

@@ -35,7 +35,7 @@ def _kind(adapter: AdapterSection) -> str:
     if adapter.type == "vera":
         return "VeRa"
     if adapter.exact:
-        return "ExactLoRa"
+        return "FoldedLoRa" if adapter.folded else "ExactLoRa"
     started = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(adapter.initialisation)
     scaled = "rsLoRa" if adapter.use_rslora else "LoRa"
     return started or ("DoRa" if adapter.use_dora else scaled)
