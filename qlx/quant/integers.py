@@ -74,11 +74,9 @@ def materialize(
     else:
         q, s = q.reshape(q.shape[0], s.shape[1], -1), s[..., None]
         z = None if z is None else z[..., None]
-    if spend:
-        values = (q if z is None else q.sub_(z)).mul_(s)
-    else:
-        values = (q if z is None else q - z) * s
-    return values.reshape(codes.shape)
+    if not spend:
+        return ((q if z is None else q - z) * s).reshape(codes.shape)
+    return (q if z is None else q.sub_(z)).mul_(s).reshape(codes.shape)
 
 
 @dataclass(frozen=True)
