@@ -2,7 +2,8 @@
 
 PEFT computes `base(x) + up(down(x)) * scaling` as four arrays of the output's size: the product, its
 multiple, the sum and, on a 4-bit base, a copy; backward as much again. Here one matrix product adds
-`scaling * low @ up^T` to what the base gave, in place. The values agree to the last bits of a float.
+`scaling * low @ up^T` to what the base gave, in place. The values agree to the last bits of a float; that is for
+training alone: a model in eval mode computes PEFT's own bits.
 """
 
 from functools import cache
@@ -15,10 +16,10 @@ __all__ = ["join_products"]
 
 
 def join_products(model: nn.Module) -> int:
-    """Let every LoRA layer of a model around a linear one compute this way; returns how many do.
+    """Let every LoRA layer of a model around a linear one train this way; returns how many do.
 
     What a layer is, holds and saves does not change. DoRA, several adapters at once, biases of the
-    adapter's own, other dtypes than the base's, autocast and an export stay PEFT's own computation.
+    adapter's own, other dtypes than the base's, autocast and eval mode stay PEFT's own computation.
     """
     layers: list[Any] = [m for m in model.modules() if type(m) in _lora_layers()]
     joined = [layer for layer in layers if isinstance(layer.base_layer, nn.Linear)]
@@ -61,9 +62,9 @@ class _Joined:
 
 
 def _only_adapter(layer: Any, x: Tensor) -> str | None:
-    """The name of the one plain adapter that is on; None where the sum is not that simple."""
+    """The name of the one plain adapter that trains; None where the sum is not that simple."""
     active = layer.active_adapters
-    if layer.disable_adapters or layer.merged or len(active) != 1:
+    if not layer.training or layer.disable_adapters or layer.merged or len(active) != 1:
         return None
     name: str = active[0]
     if name not in layer.lora_A or name in layer.lora_variant:
@@ -71,5 +72,4 @@ def _only_adapter(layer: Any, x: Tensor) -> str | None:
     up = layer.lora_B[name]
     dtypes = {x.dtype, up.weight.dtype, layer.lora_A[name].weight.dtype}
     simple = up.bias is None and len(dtypes) == 1
-    elsewhere = torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting()
-    return name if simple and not elsewhere else None
+    return name if simple and not torch.is_autocast_enabled(x.device.type) else None

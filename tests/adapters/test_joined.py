@@ -98,7 +98,7 @@ def test_dropout_draws_the_same():
 
 
 @pytest.mark.parametrize(
-    "case", ["dora", "own bias", "bf16 base", "autocast", "off", "merged", "two"]
+    "case", ["dora", "own bias", "bf16 base", "autocast", "off", "merged", "two", "eval"]
 )
 def test_the_rest_is_left_to_peft(case):
     options = {
@@ -121,6 +121,9 @@ def test_the_rest_is_left_to_peft(case):
             torch.manual_seed(4)
             model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["first"]))
             model.base_model.set_adapter(["default", "other"])
+    if case == "eval":
+        assert not torch.equal(joined(x), plain(x))
+        joined.eval()
     if case == "off":
         with plain.disable_adapter(), joined.disable_adapter():
             assert torch.equal(joined(x), plain(x))

@@ -25,6 +25,7 @@ STOPPING = {
     "batch_size": 16,
     "learning_rate": 5e-2,
     "schedule": "constant",
+    "warmup_ratio": 0.0,  # so that a step is the same however many are to come
     "save_every": 4,
     "log_every": 3,
     "eval_every": 4,
