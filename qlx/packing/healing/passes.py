@@ -176,8 +176,8 @@ class _Pass:
             found.append(inputs[0])
             raise Stop
 
-        handle = self.model.model.get_submodule(name).register_forward_pre_hook(gather)
-        inside = int(self.model.model.get_submodule(name).weight.shape[1])  # type: ignore[arg-type,union-attr,index]
+        module: Any = self.model.model.get_submodule(name)
+        handle, inside = module.register_forward_pre_hook(gather), module.weight.shape[1]
         total, count = self.model.pages.zeros("hessian", (inside, inside)), 0
         for batch, state in zip(batches, states, strict=True):
             self.model.leaving(at, batch, state)
