@@ -199,9 +199,10 @@ def test_gradients_one_layer_at_a_time_are_those_of_the_whole_model(tmp_path, ki
 
     def layered(wanted):
         order = []
-        run = lambda: model.learn(
-            batch, lambda made: divergence_of(wanted, made, mask), order.append
-        )  # noqa: E731
+
+        def run():
+            model.learn(batch, lambda made: divergence_of(wanted, made, mask), order.append)
+
         found = gradients(run)
         assert order == list(reversed(range(len(model.layers))))
         return found
