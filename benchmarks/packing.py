@@ -303,9 +303,8 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["targets", "speed"], help="one part of it (default: both)"
     )
-    parser.add_argument(
-        "--gptq-python", type=Path, help="a Python with GPTQModel, to be measured beside"
-    )
+    parser.add_argument("--gptq-python", type=Path, help="a Python with GPTQModel")
+    parser.add_argument("--llmcompressor-python", type=Path, help="a Python with llm-compressor")
     arguments = parser.parse_args()
     models = arguments.models
     if not models.is_dir():

@@ -1,5 +1,7 @@
 """The parts of healing: compensation on every grid, the model run by layers, tuning."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from qlx.models import load_base
 from qlx.packing.healing.blocks import LayeredModel
 from qlx.packing.healing.compensate import compensated, output_retention
 from qlx.packing.healing.grids import grid_of, levels_of, on_grid, scales_of, with_parts
-from qlx.packing.healing.paged import Pages
+from qlx.packing.healing.paged import Pages, release
 from qlx.packing.healing.tune import PackedLayer, divergence_of
 from qlx.packing.source import WholeWeights
 from qlx.quant import dequantize_tensor, fitted_ternary, quantize_tensor
@@ -169,6 +171,69 @@ def test_the_gradients_of_a_packed_layer_are_those_of_its_formula(tmp_path, laye
     pairs += [(packed.logs, logs)] if packed.scalable else []
     for ours, theirs in pairs:
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit", "gemma3_text"])
+def test_gradients_one_layer_at_a_time_are_those_of_the_whole_model(tmp_path, kind):
+    path, task = make_base(tmp_path / kind, kind), TASKS[kind]
+    batch = {name: torch.from_numpy(values) for name, values in inputs_for(kind).items()}
+    model = LayeredModel(WholeWeights(open_weights(path), None, None), path, task, tmp_path / "m")
+    model.fill_all(except_for=())
+    generator, packed = torch.Generator().manual_seed(0), {}
+    inside = [n for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    for name in [n for n in inside if any(n.startswith(f"{path}.") for path in model.stack)]:
+        linear = model.model.get_submodule(name)
+        placed = compensated(linear.weight.data, torch.eye(linear.in_features), SPECS["int4"])
+        packed[name] = PackedLayer(placed, linear.bias, None, name, model.pages)
+        packed[name].learn(4, generator)
+        packed[name].up.data.normal_(std=0.05, generator=generator)
+        model.model.set_submodule(name, packed[name])
+    mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+    reference, other = (torch.randn_like(model.outputs(batch)) for _ in range(2))
+
+    def gradients(run):
+        for parameter in model.model.parameters():
+            parameter.grad = None
+        run()
+        return [p.grad.clone() for p in model.model.parameters() if p.requires_grad]
+
+    def layered(wanted):
+        order = []
+
+        def run():
+            model.learn(batch, lambda made: divergence_of(wanted, made, mask), order.append)
+
+        found = gradients(run)
+        assert order == list(reversed(range(len(model.layers))))
+        return found
+
+    def whole():
+        divergence_of(reference, model.model(**batch).logits, mask).backward()
+
+    expected, found, wrong = gradients(whole), layered(reference), layered(other)
+    assert len(expected) == 3 * len(packed)
+    for one, two, three in zip(expected, found, wrong, strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-7)
+        assert not torch.allclose(one, three, rtol=1e-1, atol=1e-7)
+
+
+def test_what_rests_in_files_comes_back_and_memory_is_given_back(tmp_path):
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024
+
+    pages = Pages(tmp_path)
+    tensor = pages.zeros("a", (2048, 2048)).fill_(3.0)
+    plain = torch.full((4,), 5.0)
+    before = resident()
+    release([tensor, plain])
+    assert before - resident() > 0.9 * tensor.nbytes
+    assert float(tensor.sum()) == 3.0 * tensor.numel()
+    assert float(plain.sum()) == 20.0
+    again = pages.keep("a", torch.ones(2048, 2048))
+    assert again.data_ptr() == tensor.data_ptr()
+    with pytest.raises(OSError, match=r"."):
+        pages.zeros("too large", (2**50,))
 
 
 def test_the_divergence_is_that_of_the_reports():

@@ -143,7 +143,7 @@ class LayeredModel:
 
     def outputs(self, batch: Inputs) -> Tensor:
         """The outputs of the model through all layers, one in memory at a time; without gradients."""
-        steps = {at: self._step(at, []) for at in range(len(self.layers))}
+        steps = {at: self._step(at, None) for at in range(len(self.layers))}
         with torch.no_grad():
             return self._call(batch, steps)
 
@@ -176,12 +176,13 @@ class LayeredModel:
             learned(at)
             self.rest(at)
 
-    def _step(self, at: int, calls: list[Callable[[Tensor], Any]]) -> Callable[..., Any]:
-        """Run layer `at` without gradients and let it rest; its inputs are kept, and how it is called."""
+    def _step(self, at: int, calls: list[Callable[[Tensor], Any]] | None) -> Callable[..., Any]:
+        """Run layer `at` without gradients and let it rest; with `calls` keep its inputs, and how it is called."""
 
         def run(state: Tensor, call: Callable[[Tensor], Any]) -> Any:
-            self.pages.keep(f"state.{at}", state)
-            calls.append(call)
+            if calls is not None:
+                self.pages.keep(f"state.{at}", state)
+                calls.append(call)
             with torch.no_grad():
                 output = call(state)
             self.rest(at)

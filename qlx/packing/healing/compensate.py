@@ -18,6 +18,7 @@ from qlx.packing.healing.grids import (
     Grid,
     grid_of,
     levels_of,
+    row_parts,
     scales_of,
     unfilled,
     with_parts,
@@ -31,7 +32,6 @@ from qlx.quant import (
     packed_rows,
     quantize_tensor,
     torch_dtype_of,
-    value_unit,
 )
 
 __all__ = ["FRACTION", "Placed", "compensated", "output_retention"]
@@ -42,7 +42,7 @@ FRACTION = 254
 _DAMPING = 0.01  # of the Hessian's mean diagonal, as in the paper
 _RUN = 128  # columns between two updates of the rest, where a scale serves a whole row
 _FACTORS = (0.25, 1.05, 25)  # scales that are tried, as shares of the one that clips nothing
-_AT_ONCE = 2**18  # values of a weight that are looked at together, for the sake of memory
+_AT_ONCE = 2**18  # values whose scales are searched together, for the sake of memory
 _BLOCK = 256  # of a triangle that is inverted in place
 
 
@@ -68,7 +68,7 @@ def compensated(weight: Tensor, hessian: Tensor, spec: QuantSpec) -> Placed:
     Raises:
         InputRefused: the inputs or the weight are not finite, or scales too large for their dtype.
     """
-    if not (bool(torch.isfinite(hessian).all()) and bool(torch.isfinite(weight).all())):
+    if not all(bool(torch.isfinite(end)) for item in (hessian, weight) for end in item.aminmax()):
         raise InputRefused("the calibration data make inputs or weights that are not finite")
     grid, importance = grid_of(str(spec.scheme)), hessian.diagonal().clone()
     scales = _first_scales(weight, importance, spec, grid)  # before the factor needs its room
@@ -196,10 +196,7 @@ def output_retention(
     0 when it adds as much as the adapter had changed, below when more. None where nothing was changed.
     """
     effect = lost = 0.0
-    unit = value_unit(packed)
-    size = max(unit, _AT_ONCE // weight.shape[1] // unit * unit)
-    for at in range(0, len(weight), size):
-        rows = slice(at, min(at + size, len(weight)))
+    for rows in row_parts(packed):
         values = dequantize_tensor(packed_rows(packed, rows), torch.float32)
         effect += _energy(weight[rows] - before[rows], hessian)
         lost += _energy(values.sub_(weight[rows]), hessian)

@@ -6,6 +6,7 @@ nearest one is what all of healing does, so it is written here once. A scale ser
 a row, the whole row, or (ternary without groups) the whole tensor.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
@@ -22,11 +23,24 @@ from qlx.quant import (
     levels,
     packed_from_codes,
     quantize_tensor,
+    value_unit,
 )
 from qlx.quant.codec4bit import pack_codes, unpack_codes
 from qlx.quant.integers import IntegerScheme, code_range
 
-__all__ = ["Grid", "grid_of", "levels_of", "on_grid", "scales_of", "spread", "with_parts"]
+__all__ = [
+    "Grid",
+    "grid_of",
+    "levels_of",
+    "on_grid",
+    "row_parts",
+    "scales_of",
+    "spread",
+    "unfilled",
+    "with_parts",
+]
+
+_PARTS = 8  # that a weight is cut into where its values are made
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,13 @@ def levels_of(packed: PackedTensor) -> Tensor:
     assert isinstance(packed, Packed4bit)
     codes = unpack_codes(packed.codes, packed.count)
     return levels(packed.scheme)[codes.int()].reshape(packed.shape)
+
+
+def row_parts(packed: PackedTensor) -> Iterator[slice]:
+    """The rows of a packed weight in parts for `packed_rows`, so that nothing of the weight's size is made."""
+    rows, unit = packed.shape[0], value_unit(packed)
+    size = -(-rows // (_PARTS * unit)) * unit
+    return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 
 def scales_of(packed: PackedTensor) -> Tensor:

@@ -85,7 +85,8 @@ class Pages:
         with open(file, "xb") as opened:
             os.posix_fallocate(opened.fileno(), 0, size)
         storage: Any = torch.UntypedStorage.from_file(str(file), shared=True, nbytes=size)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, torch.Size(shape))
+        strides = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+        return torch.empty(0, dtype=dtype).set_(storage, 0, torch.Size(shape), strides)
 
 
 class Resting(nn.Module):

@@ -16,11 +16,12 @@ from qlx.checkpoint import QuantSpec
 from qlx.packing.healing.blocks import Inputs, LayeredModel, Stop
 from qlx.packing.healing.compensate import Placed, compensated
 from qlx.packing.healing.data import Calibration
+from qlx.packing.healing.grids import row_parts
 from qlx.packing.healing.paged import release
 from qlx.packing.healing.tune import Rows
 from qlx.packing.select import Selection
 from qlx.packing.source import Weights
-from qlx.quant import dequantize_tensor, quantize_activations
+from qlx.quant import dequantize_tensor, packed_rows, quantize_activations
 
 __all__ = ["Seen", "Stream", "compensate_stack"]
 
@@ -82,6 +83,7 @@ def compensate_stack(
                 for group in groups:
                     work.compensate(at, layer, group, data.rows, packed)
                 _through(model, at, data.rows, packed)
+            model.pages.rest()
             tell(f"compensated {path}")
     rows = [Rows(inputs, state) for inputs, state in zip(batches, exact, strict=True)]
     return Stream(work.placed, rows[: len(data.rows)], rows[len(data.rows) :])
@@ -158,8 +160,10 @@ class _Pass:
             release([weight])
             before = self.weights.before(self.selection.tensors[name])
             self.look(Seen(name, group, before, weight, hessian, placed))
-            weight.copy_(dequantize_tensor(placed.packed, torch.float32))
-        release([hessian])
+            del before
+            release([hessian, weight])
+            for rows in row_parts(placed.packed):
+                weight[rows] = dequantize_tensor(packed_rows(placed.packed, rows), torch.float32)
 
     def _hessian(
         self, at: int, name: str, batches: Sequence[Inputs], states: Sequence[Tensor]
@@ -172,8 +176,8 @@ class _Pass:
             found.append(inputs[0])
             raise Stop
 
-        handle = self.model.model.get_submodule(name).register_forward_pre_hook(gather)
-        inside = int(self.model.model.get_submodule(name).weight.shape[1])  # type: ignore[arg-type,union-attr,index]
+        module: Any = self.model.model.get_submodule(name)
+        handle, inside = module.register_forward_pre_hook(gather), module.weight.shape[1]
         total, count = self.model.pages.zeros("hessian", (inside, inside)), 0
         for batch, state in zip(batches, states, strict=True):
             self.model.leaving(at, batch, state)

@@ -21,9 +21,17 @@ from torch import Tensor, nn
 
 from qlx.packing.healing.blocks import Inputs, LayeredModel
 from qlx.packing.healing.compensate import Placed
-from qlx.packing.healing.grids import grid_of, levels_of, on_grid, scales_of, spread, with_parts
+from qlx.packing.healing.grids import (
+    grid_of,
+    levels_of,
+    on_grid,
+    row_parts,
+    scales_of,
+    spread,
+    with_parts,
+)
 from qlx.packing.healing.paged import Pages, Resting, release, tensors_of
-from qlx.quant import FOUR_BIT, PackedTensor, packed_rows, quantize_activations, value_unit
+from qlx.quant import FOUR_BIT, PackedTensor, packed_rows, quantize_activations
 
 __all__ = ["PackedLayer", "Rows", "divergence_of", "tune"]
 
@@ -31,7 +39,6 @@ _SCALE_RATE = 2e-2  # of the logarithms
 _CORRECTION_RATE = 0.05  # by the number of levels: finer grids lie closer to what is wanted
 _WARM_UP, _LAST_RATE = 15, 0.03  # steps, and the share of the rate that is left at the end
 _CHECKS = 10  # looks at the held-out rows in one stage
-_PARTS = 8  # that a weight is cut into when its values are made
 
 
 @dataclass(frozen=True)
@@ -91,12 +98,6 @@ class PackedLayer(Resting):
         output = product(input, scales, self.down, self.up, self)
         return output if self.bias is None else output + self.bias
 
-    def blocks(self) -> Iterator[slice]:
-        """The weight's rows in parts whose values are made at once, so that nothing of its size is."""
-        rows, unit = self.placed.packed.shape[0], value_unit(self.placed.packed)
-        size = -(-rows // (_PARTS * unit)) * unit
-        return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
-
     def levels(self, rows: slice) -> Tensor:
         """The levels of some rows as they are now, float32 [rows, in]."""
         if self.down is None or self.up is None:
@@ -114,7 +115,7 @@ class PackedLayer(Resting):
     def packed(self) -> PackedTensor:
         """The weight as it is to be stored."""
         scales = None if self.logs is None else self.scales * self.logs.detach().exp()
-        levels = torch.cat([self.levels(rows) for rows in self.blocks()])
+        levels = torch.cat([self.levels(rows) for rows in row_parts(self.placed.packed)])
         return with_parts(self.placed.packed, levels, scales)
 
     def learn(self, rank: int, generator: torch.Generator) -> list[dict[str, Any]]:
@@ -169,7 +170,7 @@ class _Product(torch.autograd.Function):
         ctx.layer = layer
         parts = (
             nn.functional.linear(x, on_grid(layer.levels(rows), _of_rows(scales, rows)))
-            for rows in layer.blocks()
+            for rows in row_parts(layer.placed.packed)
         )
         return torch.cat(list(parts), dim=-1)
 
@@ -178,7 +179,7 @@ class _Product(torch.autograd.Function):
         x, scales = ctx.saved_tensors
         layer: PackedLayer = ctx.layer
         made = _Gradients(layer, x, scales)
-        for rows in layer.blocks():
+        for rows in row_parts(layer.placed.packed):
             made.add(rows, gradients[0], ctx.needs_input_grad)
         return made.to_x, made.to_scales, made.to_down, made.to_up, None
 
