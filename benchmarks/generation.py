@@ -106,7 +106,44 @@ def run_llama_cpp(path: str) -> Sample:
     return timed(prefill, lambda: model.eval([7]))
 
 
-ENGINES = {"qlx": run_qlx, "genai": run_genai, "llama.cpp": run_llama_cpp}
+def profile(path: str) -> Sample:
+    """Where a token's decoding goes, in ms by operator; profiling itself costs some µs at every node."""
+    import onnxruntime as ort
+
+    from qlx.runtime import CausalDecoder, open_model, session
+
+    plain = session.session_options
+
+    def watched(threads: int | None = None) -> ort.SessionOptions:
+        options = plain(threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+        return options
+
+    session.session_options = watched
+    model = open_model(path, THREADS)
+    decoder = CausalDecoder(model)
+    decoder.feed(np.array([TOKENS]))
+    for _ in range(STEPS):
+        decoder.feed(np.array([[7]]))
+    events = json.loads(Path(model.session.end_profiling()).read_text())
+    first = [each for each in events if each["name"] == "model_run"][1]["ts"]
+    found: dict[str, list[float]] = {}
+    for each in events:
+        if each.get("cat") == "Node" and each["ts"] > first and "input_type_shape" in each["args"]:
+            found.setdefault(_kind(each["args"]), []).append(each["dur"])
+    return {kind: sum(spent) / 1e3 / (STEPS - 1) for kind, spent in found.items()}
+
+
+def _kind(facts: dict[str, Any]) -> str:
+    """The operator, and of products of packed integers the width of what they give and take."""
+    if facts["op_name"] != "MatMulNBits":
+        return str(facts["op_name"])
+    sizes = [next(iter(each.values())) for each in facts["input_type_shape"]]
+    return f"MatMulNBits, {sizes[0][-1]} to {sizes[-1][0]}"
+
+
+ENGINES = {"profile": profile, "qlx": run_qlx, "genai": run_genai, "llama.cpp": run_llama_cpp}
 
 
 # The models
@@ -280,6 +317,16 @@ def measure(cases: list[Case], turns: int, llama: str | None) -> dict[str, Sampl
         label: {key: statistics.median(each[key] for each in samples) for key in samples[0]}
         for label, samples in found.items()
     }
+
+
+def spent(path: Path) -> list[str]:
+    """The Markdown table of `profile`, the largest first."""
+    command = [sys.executable, __file__, "--one", "profile", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = sorted(json.loads(done.stdout.splitlines()[-1]).items(), key=lambda each: -each[1])
+    whole = sum(ms for _, ms in found)
+    lines = ["| operator, int4 | ms a token | share |", "|---|---|---|"]
+    return lines + [f"| {name} | {ms:.2f} | {ms / whole:.0%} |" for name, ms in found[:9]]
 
 
 def table(cases: list[Case], found: dict[str, Sample], speed: float) -> list[str]:
