@@ -259,7 +259,7 @@ def _by_peer(
         given[f"eval_mask{at}"] = batch.inputs["attention_mask"]
     np.savez(rows, **_joined(data.rows), **given)
     done = subprocess.run(
-        [python, "-c", BEFORE + PEERS[name] + AFTER, merged, rows, output],
+        [python, "-c", BEFORE + PEERS[name] + AFTER, merged.resolve(), rows, output],
         capture_output=True, text=True, check=False, cwd=scratch,
         env=os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -168,7 +168,9 @@ class LayeredModel:
         run, steps[last] = steps[last], end
         (gradient,) = torch.autograd.grad(loss_of(self._call(batch, steps)), ends)
         for at in range(last, -1, -1):
-            state = self.pages.kept(f"state.{at}").clone().requires_grad_()
+            kept = self.pages.kept(f"state.{at}")
+            state = kept.clone().requires_grad_()
+            release([kept])
             output = self._state_of(calls[at](state))
             torch.autograd.backward(output, gradient)
             assert state.grad is not None
