@@ -207,6 +207,8 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     ):
         shares = [
             _shares(ways[way]["runs"], _mean(ways["plain"]["runs"], "loss"))
+            if all("packed" in run for run in ways[way]["runs"])
+            else [0.0, 0.0]  # refused
             for ways in results.values()
         ]
         axes.barh(
