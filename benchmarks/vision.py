@@ -126,10 +126,8 @@ def check(works: Mapping[str, Callable[[], Any]]) -> None:
 
 def process(code: str, *arguments: Path) -> dict[str, float]:
     """Wall seconds and largest resident MiB of one process, and that it said something."""
-    measured = (
-        "import resource, sys, time\n" + code + "\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
-    )
+    peak = "next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))"
+    measured = f"{code}\nprint(int({peak}.split()[1]) / 1024)\n"
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", measured, *map(str, arguments)],
@@ -201,8 +199,10 @@ def table(name: str, found: Mapping[str, Any]) -> str:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of a shape."""
-    model = build(args.shape)
-    plain = write_plain(model, folder / f"{args.shape}-plain")
+    plain = folder / f"{args.shape}-plain"
+    model = build(args.shape) if args.part != "starts" or not plain.exists() else None
+    if model is not None:
+        write_plain(model, plain)
     directories = {
         name: make(
             folder / f"{args.shape}-{name}".replace(" ", "-"),
