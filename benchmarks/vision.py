@@ -6,13 +6,14 @@
     python benchmarks/vision.py --trained runs/digits-base --onnx onnx/digits   # a real one beside it
 
 Random weights far from their initial scale, two threads. *images/s*: the median of `--turns` calls of a whole
-batch of prepared pixels, all ways in turns in one process, each beginning some turns; torch in inference mode,
-`torch.compile` with its defaults (its compilation is not counted). *first answer*: from starting a process to its
-answer to a picture, files in the page cache, the median of `--starts`, in turns; *largest resident*: the most memory
-that process held (files that are mapped and read count). The peer loads the same weights with transformers'
-`from_pretrained`, prepares the picture with its own image processor and answers with a label, as `Classifier`
-does. `imports only` is a process that loads no model. For int8 and int4 the peer stays fp32, which is what torch runs
-there. Outputs are compared before anything is timed. Figures go to benchmarks/output/vision.json.
+batch of prepared pixels, all ways in turns in one process, each beginning some turns (with `--threads 1` of the
+processor's time, so that other work on the machine matters little); torch in inference mode, `torch.compile` with its
+defaults (its compilation is not counted). *first answer*: from starting a process to its answer to a picture, files in
+the page cache, the median of `--starts`, in turns; *largest resident*: the most memory that process held (files that
+are mapped and read count). The peer loads the same weights with transformers' `from_pretrained`, prepares the picture
+with its own image processor and answers with a label, as `Classifier` does. `imports only` is a process that loads
+no model. For int8 and int4 the peer stays fp32, which is what torch runs there. Outputs are compared before anything
+is timed. Figures go to benchmarks/output/vision.json.
 """
 
 import argparse
@@ -62,15 +63,16 @@ EMPTY = {
 }
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Time of one call."""
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def in_turns(works: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """Median seconds of each; each begins some turns."""
+def in_turns(works: Mapping[str, Callable[[], Any]], turns: int, threads: int) -> dict[str, float]:
+    """Median seconds of each; each begins some turns. Of one thread it is the processor's time."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
     for work in works.values():
         work()
         work()
@@ -79,18 +81,20 @@ def in_turns(works: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, fl
     for turn in range(turns):
         at = turn % len(order)
         for name in order[at:] + order[:at]:
-            times[name].append(seconds(works[name]))
+            times[name].append(seconds(works[name], clock))
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def rates(model: Any, directories: Mapping[str, Path], turns: int) -> dict[str, dict[str, float]]:
+def rates(
+    model: Any, directories: Mapping[str, Path], turns: int, threads: int
+) -> dict[str, dict[str, float]]:
     """Images/s of every way, by batch."""
     import torch
 
     from qlx.runtime import OnnxPredictor
 
-    torch.set_num_threads(THREADS)
-    predictors = {name: OnnxPredictor(path, THREADS) for name, path in directories.items()}
+    torch.set_num_threads(threads)
+    predictors = {name: OnnxPredictor(path, threads) for name, path in directories.items()}
     compiled = torch.compile(model)
     side = model.config.image_size
     found: dict[str, dict[str, float]] = {}
@@ -110,7 +114,7 @@ def rates(model: Any, directories: Mapping[str, Path], turns: int) -> dict[str, 
         for name, predictor in predictors.items():
             works[f"qlx {name}"] = lambda p=predictor, x=pixels: p.predict({"pixel_values": x})
         check(works)
-        times = in_turns(works, turns)
+        times = in_turns(works, turns, threads)
         found[f"{rows} at once"] = {name: rows / each for name, each in times.items()}
     return found
 
@@ -126,10 +130,8 @@ def check(works: Mapping[str, Callable[[], Any]]) -> None:
 
 def process(code: str, *arguments: Path) -> dict[str, float]:
     """Wall seconds and largest resident MiB of one process, and that it said something."""
-    measured = (
-        "import resource, sys, time\n" + code + "\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
-    )
+    peak = "next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))"
+    measured = f"{code}\nprint(int({peak}.split()[1]) / 1024)\n"
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", measured, *map(str, arguments)],
@@ -201,8 +203,10 @@ def table(name: str, found: Mapping[str, Any]) -> str:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of a shape."""
-    model = build(args.shape)
-    plain = write_plain(model, folder / f"{args.shape}-plain")
+    plain = folder / f"{args.shape}-plain"
+    model = build(args.shape) if args.part != "starts" or not plain.exists() else None
+    if model is not None:
+        write_plain(model, plain)
     directories = {
         name: make(
             folder / f"{args.shape}-{name}".replace(" ", "-"),
@@ -227,7 +231,7 @@ def parts(
     if args.part in ("starts", "all"):
         found["starts"] = starts(plain, directories, args.starts)
     if args.part in ("rates", "all"):
-        found["images/s"] = rates(model, directories, args.turns)
+        found["images/s"] = rates(model, directories, args.turns, args.threads)
     return found
 
 
@@ -246,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=VITS, default="vit-base")
     parser.add_argument("--turns", type=int, default=9, help="calls whose median is taken")
+    parser.add_argument("--threads", type=int, default=THREADS, help="for images/s")
     parser.add_argument("--starts", type=int, default=5, help="processes whose median is taken")
     parser.add_argument("--part", choices=("all", "starts", "rates", "none"), default="all")
     parser.add_argument("--folder", type=Path, help="where models are made and kept")
