@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from qlx.cli import main
 from qlx.exporting import build_graph, export_onnx, write_graph
 from qlx.exporting.fused import FUSED, can_fuse
 from qlx.runtime import CausalDecoder, OnnxPredictor, SamplingOptions, TextGenerator, open_model
@@ -114,7 +115,7 @@ def _without(fields):
     }
 
 
-def test_an_export_has_one_fused_node_a_layer_and_says_so(llama):
+def test_an_export_has_one_fused_node_a_layer_and_says_so(llama, capsys):
     graph = onnx.load(llama[1].path / "model.onnx", load_external_data=False).graph
     found = Counter(node.op_type for node in graph.node)
     assert found["GroupQueryAttention"] == 2
@@ -124,6 +125,9 @@ def test_an_export_has_one_fused_node_a_layer_and_says_so(llama):
     assert found["Softmax"] == found["Transpose"] == 0
     assert llama[1].manifest.lineage[-1].options["attention"] == "fused"
     assert open_model(llama[1].path).fused
+    for path, lines in ((llama[1].path, 1), (llama[0].path, 0)):
+        assert main(["inspect", str(path)]) == 0
+        assert capsys.readouterr().out.count("attention     fused") == lines
 
 
 def test_what_the_kernel_does_not_take_is_exported_generic(tmp_path):
@@ -156,6 +160,7 @@ def test_two_decoders_of_one_model_do_not_share_a_cache(llama):
     assert not np.allclose(other.feed(ids[:, :1]), alone[:, :1], atol=1e-2)
 
 
+@pytest.mark.exhaustive
 def test_the_generic_graph_of_the_same_model_generates_the_same(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("qlx.exporting.export.can_fuse", lambda model, task: False)
     generic = export_onnx(llama[0], tmp_path / "generic")
@@ -170,6 +175,7 @@ def test_the_generic_graph_of_the_same_model_generates_the_same(llama, tmp_path,
     assert open_model(llama[1].path).fused
 
 
+@pytest.mark.exhaustive
 def test_a_kernel_given_another_window_is_seen(tmp_path):
     model, (ids, mask) = model_of("mistral", sliding_window=8), batch()
     graph = build_graph(model, "causal-lm", fuse=True)
