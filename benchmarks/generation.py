@@ -203,11 +203,10 @@ def cases_of(name: str, merged: Path, room: Path, llama: bool) -> list[Case]:
     generic = room / f"{name}-int4-generic"
     exported(room / f"{name}-int4", generic, fuse=False)
     made.append(("int4, generic attention, qlx.runtime", "qlx", generic))
-    for block in (32, GROUP):
-        target = room / f"{name}-built-{block}"
-        if not target.exists():
-            build(merged, target, block)
-        made.append((f"genai's own int4, groups of {block}", "genai", target))
+    built = room / f"{name}-built"
+    if not built.exists():
+        build(merged, built)
+    made.append(("genai's own int4, groups of 32", "genai", built))
     return made
 
 
@@ -234,7 +233,7 @@ def exported(packed: Path, target: Path, *, fuse: bool = True) -> None:
         export.can_fuse = known
 
 
-def build(merged: Path, target: Path, block: int) -> None:
+def build(merged: Path, target: Path) -> None:
     """The builder's int4 of the plain files, head and all, at the same accuracy level."""
     with tempfile.TemporaryDirectory() as plain:
         for file in merged.iterdir():
@@ -249,7 +248,7 @@ def build(merged: Path, target: Path, block: int) -> None:
             "-o",
             str(target),
         ]
-        extra = ["int4_accuracy_level=4", f"int4_block_size={block}"]
+        extra = ["int4_accuracy_level=4"]
         command += ["-p", "int4", "-e", "cpu", "-c", f"{plain}/cache", "--extra_options", *extra]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
