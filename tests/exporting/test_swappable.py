@@ -31,6 +31,7 @@ from qlx.errors import (
     UsageError,
 )
 from qlx.exporting import build_graph, export_adapters, named_adapters, write_graph
+from qlx.exporting.fused import can_fuse
 from qlx.models import forward_logits, load_base, load_model
 from qlx.quant import packed_linears
 from qlx.runtime import OnnxPredictor, open_model, session_options
@@ -133,7 +134,8 @@ def plain_outputs(base, kind, scheme, folder, inputs):
     quant = SCHEMES[scheme]
     model = load_base(base, TASKS[kind], quant=quant if quant.quantized else None)
     packed_linears(model)
-    write_graph(build_graph(model, TASKS[kind]), folder, TASKS[kind])
+    fuse = can_fuse(model, TASKS[kind])
+    write_graph(build_graph(model, TASKS[kind], fuse=fuse), folder, TASKS[kind])
     session = ort.InferenceSession(folder / "model.onnx", session_options(1))
     feeds = dict(inputs)
     if "input_ids" in feeds:
