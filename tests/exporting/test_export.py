@@ -123,11 +123,13 @@ def _with_library(weight):
 
 
 def test_contrib_operators_are_imported_only_where_they_are_used(exported, separate):
-    plain = onnx.load(exported["causal-lm"].path / "model.onnx", load_external_data=False)
+    plain = onnx.load(
+        exported["image-classification"].path / "model.onnx", load_external_data=False
+    )
     assert {item.domain for item in plain.opset_import} == {""}
     packed = onnx.load(separate["llama", "fp4"].path / "model.onnx", load_external_data=False)
     assert {item.domain: item.version for item in packed.opset_import}["com.microsoft"] == 1
-    assert {node.op_type for node in packed.graph.node if node.domain} == {"MatMulBnb4"}
+    assert "MatMulBnb4" in {node.op_type for node in packed.graph.node if node.domain}
 
 
 @pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=SLOW)])

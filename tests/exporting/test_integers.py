@@ -119,7 +119,7 @@ def test_a_graph_that_rounds_too_much_is_refused(packed, tmp_path, monkeypatch):
 
 
 def test_an_accuracy_level_is_for_integers(merged, tmp_path):
-    with pytest.raises(UsageError, match="int4, ternary weights; these are fp32"):
+    with pytest.raises(UsageError, match="int4, int2, ternary weights; these are fp32"):
         export_onnx(merged["causal-lm"], tmp_path / "out", accuracy_level=4)
     with pytest.raises(UsageError, match="accuracy level 3"):
         export_onnx(merged["causal-lm"], tmp_path / "out", accuracy_level=3)

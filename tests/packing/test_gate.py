@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from qlx.checkpoint import QuantSpec
 from qlx.errors import CheckFailed
 from qlx.packing import GGUF_TYPES, TARGETS, WHOLE, pack
 from qlx.packing.picture import _BELOW, _WEIGHTS
@@ -12,11 +13,14 @@ from tests.adapter_support import NF4, Case, flip_rows, make_adapter
 from tests.packing.conftest import TERNARY, wide_llama
 
 SMALL = {
-    "nf4": 0.02, "fp4": 0.02, "int8": 0.0005, "int4": 0.02, "ternary": 0.1, "F16": 3e-5, "BF16": 2e-4,
+    "nf4": 0.02, "fp4": 0.02, "int8": 0.0005, "int4": 0.02, "int2": 0.1, "ternary": 0.1, "F16": 3e-5, "BF16": 2e-4,
     "Q8_0": 0.0005, "Q4_0": 0.02, "Q4_1": 0.02, "Q5_0": 0.01, "Q5_1": 0.01, "TQ1_0": 0.1, "TQ2_0": 0.1,
 }  # fmt: skip
 """Sizes of an adapter that are lost in the rounding of each target, or type of GGUF."""
 LARGE, GATE = 1.0, 0.8
+INT2 = QuantSpec(
+    method="qlora", weight_bits=2, scheme="int2", symmetric=False, group_size=64, backend="qlx"
+)
 CASES = [("llama", to) for to in (*TARGETS[:-1], "Q4_0")]
 MORE = [("vit", to) for to in TARGETS[:-1]] + [("llama", to) for to in GGUF_TYPES if to != "Q4_0"]
 CASES += [pytest.param(*case, marks=pytest.mark.exhaustive) for case in MORE]
@@ -31,7 +35,7 @@ def wide(tmp_path_factory):
 def options_of(to):
     if to in GGUF_TYPES:
         return {"to": "gguf", "gguf_type": to}
-    return {"to": to, "group_size": WHOLE if to == "ternary" else None}
+    return {"to": to, "group_size": WHOLE if to == "ternary" else 64 if to == "int2" else None}
 
 
 @pytest.mark.parametrize(("kind", "to"), CASES)
@@ -40,9 +44,10 @@ def test_a_delta_below_a_step_fails_and_a_large_one_passes(
 ):
     ternary = to in ("ternary", "TQ1_0", "TQ2_0")
     base = wide if to[:2] == "TQ" else bases[kind]
-    quant = TERNARY if ternary else NF4
+    few = ternary or to == "int2"  # values a weight can have
+    quant = TERNARY if ternary else INT2 if few else NF4
     small = make_adapter(base, tmp_path / "small", Case(kind, quant, size=SMALL[to]))
-    if ternary:  # what a ternary grid can hold
+    if few:  # what their grid can hold
         monkeypatch.setattr(adapter_support, "draw", flip_rows)
     large = make_adapter(base, tmp_path / "large", Case(kind, quant, size=LARGE))
     passed, failed = [], []

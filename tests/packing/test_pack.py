@@ -151,7 +151,7 @@ def test_groups_wider_than_every_layer_are_refused_with_the_widths(tmp_path, mer
 
 def test_refusals(tmp_path, bases, merged):
     with pytest.raises(UsageError, match="nf4, fp4"):
-        pack(merged["vit"].path, tmp_path / "p", to="int2")
+        pack(merged["vit"].path, tmp_path / "p", to="int3")
     with pytest.raises(UsageError, match="from 0 to 1"):
         pack(merged["vit"].path, tmp_path / "p", to="nf4", min_retention=1.5)
     with pytest.raises(Mismatch, match="not the base"):

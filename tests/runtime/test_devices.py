@@ -1,5 +1,7 @@
 """Choosing where a model runs: a device that is not there is refused, never replaced by the CPU in silence."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -77,11 +79,23 @@ def test_bound_runs_give_the_same_outputs(kind, vit, llama, monkeypatch):
     assert not np.array_equal(OnnxPredictor(model).predict(other), plain)
 
 
-def test_the_cache_stays_on_the_device_and_only_the_cache(llama, bound):
-    model = open_model(llama[0].path, threads=1)
+def test_a_cache_that_runs_return_stays_on_the_device_and_nothing_else(llama, bound):
+    """As graphs of an architecture's own attention have it; a fused one can be run that way, too."""
+    model = replace(open_model(llama[0].path, threads=1), fused=False)
     tokens = read_probe(llama[0].path).inputs["input_ids"][2:3, :8]
     whole = CausalDecoder(model).feed(tokens)
     stepwise = CausalDecoder(model)
     parts = [stepwise.feed(tokens[:, at : at + 1]) for at in range(8)]
     assert np.allclose(np.concatenate(parts, axis=1), whole, atol=1e-4)
     assert set(bound) == {tuple(model.outputs[1:])}
+
+
+def test_the_shared_cache_lies_on_the_device(llama):
+    """Its buffers are made there; on this one the device is the CPU, and a wrong name is refused by onnxruntime."""
+    model = open_model(llama[0].path, threads=1)
+    decoder = CausalDecoder(model)
+    decoder.feed(np.ones((1, 4), np.int64))
+    assert {value.device_name() for value in decoder._cache._buffers.values()} == {"cpu"}
+    elsewhere = CausalDecoder(replace(model, device="nowhere"))
+    with pytest.raises(Exception, match="Unsupported device type: nowhere"):
+        elsewhere.feed(np.ones((1, 4), np.int64))
