@@ -19,7 +19,7 @@ def join_products(model: nn.Module) -> int:
     """Let every LoRA layer of a model around a linear one train this way; returns how many do.
 
     What a layer is, holds and saves does not change. DoRA, several adapters at once, biases of the
-    adapter's own, other dtypes than the base's, autocast and eval mode stay PEFT's own computation.
+    adapter's own, dtypes that only a cast would bring together, and eval mode stay PEFT's own computation.
     """
     layers: list[Any] = [m for m in model.modules() if type(m) in _lora_layers()]
     joined = [layer for layer in layers if isinstance(layer.base_layer, nn.Linear)]
@@ -55,8 +55,8 @@ class _Joined:
         rows = x.reshape(-1, x.shape[-1])
         # of a matrix, so that the base's output is no view: autograd copies views that are changed
         result: Tensor = layer.base_layer(rows)
-        low = layer.lora_A[adapter](layer.lora_dropout[adapter](rows))
-        up = layer.lora_B[adapter].weight
+        low = layer.lora_A[adapter](layer.lora_dropout[adapter](rows)).to(result.dtype)
+        up = layer.lora_B[adapter].weight.to(result.dtype)  # autocast knows no products in place
         result.addmm_(low, up.t(), alpha=layer.scaling[adapter])
         return result.view(*x.shape[:-1], result.shape[-1])
 
@@ -69,7 +69,7 @@ def _only_adapter(layer: Any, x: Tensor) -> str | None:
     name: str = active[0]
     if name not in layer.lora_A or name in layer.lora_variant:
         return None
-    up = layer.lora_B[name]
-    dtypes = {x.dtype, up.weight.dtype, layer.lora_A[name].weight.dtype}
-    simple = up.bias is None and len(dtypes) == 1
-    return name if simple and not torch.is_autocast_enabled(x.device.type) else None
+    up, down = layer.lora_B[name], layer.lora_A[name].weight
+    factors = {up.weight.dtype, down.dtype}
+    alike = factors == {x.dtype} or torch.is_autocast_enabled(x.device.type)
+    return name if up.bias is None and len(factors) == 1 and alike else None

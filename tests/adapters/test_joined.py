@@ -20,6 +20,13 @@ BASES = {
     "nf4": QuantSpec(method="qlora", scheme="nf4", group_size=64, double_quant=True),
     "ternary": QuantSpec(method="qlora", scheme="ternary", group_size=64),
 }
+NARROW = {
+    "float": None,
+    "nf4": QuantSpec(
+        method="qlora", scheme="nf4", group_size=64, double_quant=True, compute_dtype="bfloat16"
+    ),
+    "ternary": QuantSpec(method="qlora", scheme="ternary", group_size=64, compute_dtype="bfloat16"),
+}
 
 
 class Net(nn.Module):
@@ -32,12 +39,12 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def adapted(base="float", dtype=torch.float32, **options):
+def adapted(base="float", dtype=torch.float32, narrow=False, **options):
     """PEFT's model with trained-looking factors and a scaling of 3."""
     torch.manual_seed(0)
     model = Net()
-    if BASES[base] is not None:
-        quantize_model(model, BASES[base])
+    if spec := (NARROW if narrow else BASES)[base]:
+        quantize_model(model, spec)
     config = peft.LoraConfig(
         r=4, lora_alpha=12, target_modules=["first", "second"], **{"lora_dropout": 0.0, **options}
     )
@@ -97,9 +104,7 @@ def test_dropout_draws_the_same():
     assert distance(outcome(joined, x, seed=3), outcome(plain, x)) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "case", ["dora", "own bias", "bf16 base", "autocast", "off", "merged", "two", "eval"]
-)
+@pytest.mark.parametrize("case", ["dora", "own bias", "bf16 base", "off", "merged", "two", "eval"])
 def test_the_rest_is_left_to_peft(case):
     options = {
         "dora": {"use_dora": True},
@@ -129,8 +134,61 @@ def test_the_rest_is_left_to_peft(case):
             assert torch.equal(joined(x), plain(x))
         assert not torch.equal(joined(x), joined.get_base_model().second(x.new_zeros(3, 128)))
         return
-    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
-        assert torch.equal(joined(x), plain(x))
+    assert torch.equal(joined(x), plain(x))
+
+
+def narrowed(base):
+    """PEFT's model on a bfloat16 base with float32 factors, as GPUs train it; and the same joined, and in float32."""
+    whole, plain = adapted(base), adapted(base, narrow=True)
+    for name, value in plain.named_parameters():
+        if value.is_floating_point() and "lora_" not in name:
+            value.data = value.data.bfloat16()
+            whole.get_parameter(name).data = value.data.float()
+    joined = copy.deepcopy(plain)
+    assert join_products(joined) == 2
+    return whole, plain, joined
+
+
+@pytest.mark.parametrize("base", NARROW)
+def test_autocast_joins_in_the_bases_dtype_no_coarser_than_peft(base):
+    whole, plain, joined = narrowed(base)
+    x = torch.randn(40, 64).bfloat16()
+    wanted = outcome(whole, x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = outcome(joined, x), outcome(plain, x)
+        with torch.no_grad():
+            assert not torch.equal(ours[0], theirs[0])
+            assert torch.equal(joined.eval()(x), plain.eval()(x))
+    assert ours[0].dtype == theirs[0].dtype
+    assert {grad.dtype for grad in ours[2:]} == {grad.dtype for grad in theirs[2:]}
+    error, peers = distance_of_norms(ours, wanted), distance_of_norms(theirs, wanted)
+    assert error < 1.1 * peers < 0.02
+    for module in joined.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["default"] *= 1.05
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance_of_norms(outcome(joined.train(), x), wanted) > 2 * peers
+
+
+def distance_of_norms(ours, theirs):
+    return max(
+        float((a.double() - b).norm() / b.double().norm())
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("base", NARROW)
+def test_autocast_makes_one_array_too(base):
+    _, plain, joined = narrowed(base)
+    x = torch.randn(30, 64).bfloat16().requires_grad_()
+    made = []
+    for model in (joined, plain):
+        with Arrays(30 * 128) as arrays, torch.autocast("cpu", torch.bfloat16):
+            kept = model.get_base_model().first(x)
+        made.append(arrays.made)
+        assert kept.shape == (30, 128)
+    assert made[0] == 1
+    assert made[1] > 2
 
 
 class Arrays(TorchDispatchMode):
