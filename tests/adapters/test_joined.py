@@ -1,11 +1,14 @@
 """LoRA layers that add into the base's output: PEFT's own values and gradients, with fewer arrays."""
 
 import copy
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from qlx.adapters.joined import join_products
 from qlx.checkpoint import QuantSpec
@@ -177,6 +180,33 @@ def distance_of_norms(ours, theirs):
     )
 
 
+def test_autocast_casts_all_factors_at_once():
+    _, _, joined = narrowed("float")
+    layers = [module for module in joined.modules() if hasattr(module, "cast")]
+    x = torch.randn(5, 64).bfloat16()
+    with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
+        outcome(joined, x)
+    assert calls.count["aten._foreach_copy_.default"] == 2
+    assert calls.count["aten._to_copy.default"] < 4  # of the inputs and the loss, none a layer
+    assert all(factor.dtype == torch.bfloat16 for layer in layers for factor in layer.cast)
+    joined.eval()(x)
+    assert [layer.cast for layer in layers] == [None, None]
+
+
+def test_gradient_checkpointing_finds_the_same_factors_again():
+    """The recomputation of a layer, in the backward pass, must save what the first pass saved."""
+    _, _, joined = narrowed("float")
+    x = torch.randn(5, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = outcome(joined, x)
+        joined.zero_grad()
+        for module in joined.modules():
+            if hasattr(module, "cast"):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        found = outcome(joined, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("base", NARROW)
 def test_autocast_makes_one_array_too(base):
     _, plain, joined = narrowed(base)
@@ -189,6 +219,18 @@ def test_autocast_makes_one_array_too(base):
         assert kept.shape == (30, 128)
     assert made[0] == 1
     assert made[1] > 2
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Arrays(TorchDispatchMode):

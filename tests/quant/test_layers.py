@@ -154,7 +154,7 @@ def test_mode_hf_and_mode_manual_give_the_same_model(tmp_path):
     manual = copy.deepcopy(model)
     names = quantize_model(manual, SPEC)
     loaded = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path, quantization_config=bnb_config(SPEC), dtype=torch.float32
+        tmp_path, quantization_config=bnb_config(SPEC), dtype=torch.float32, device_map="cpu"
     ).eval()
     assert guard_bitsandbytes(loaded) == len(names)
     assert [n for n, _ in linear4bit_modules(loaded)] == names

@@ -138,7 +138,7 @@ LOAD = """
 import sys, torch
 sys.modules["qlx"] = None  # this process cannot import qlx
 import bitsandbytes as bnb, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="cpu").eval()
 layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
 for layer in layers:
     layer.support_avx512bf16_for_cpu = False

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlx.merging import merge
 from qlx.training import train
@@ -59,19 +60,26 @@ def test_a_bfloat16_base_is_multiplied_in_bfloat16(python_base, tmp_path, monkey
     loss = StrictTrainer.training_step
 
     def watching(self, model, *args, **kwargs):
-        layer = next(
-            module for name, module in model.named_modules() if name.endswith("lora_A.default")
-        )
-        hook = layer.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
-        try:
+        with Products(seen):
             return loss(self, model, *args, **kwargs)
-        finally:
-            hook.remove()
 
     monkeypatch.setattr(StrictTrainer, "training_step", watching)
     narrow = {**PYTHON_RUN, "base": {"path": "", "dtype": "bfloat16"}}
     train(_recipe(narrow, python_base, training={"max_steps": 6}), tmp_path / "run")
     assert seen == {torch.bfloat16}
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes that LoRA's products are computed in."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) == "aten.addmm_.default":
+            self.seen.update(one.dtype for one in args)
+        return func(*args, **(kwargs or {}))
 
 
 @needs_gpu
