@@ -124,7 +124,8 @@ def make(target: Path, name: str, scheme: str, *, accuracy_level: int = 0) -> Pa
         write_probe,
     )
     from qlx.exporting import build_graph, write_graph
-    from qlx.exporting.genai import write_generation_config
+    from qlx.exporting.export import write_language
+    from qlx.exporting.fused import can_fuse
     from qlx.models import make_probe
     from qlx.quant import packed_linears
 
@@ -138,12 +139,12 @@ def make(target: Path, name: str, scheme: str, *, accuracy_level: int = 0) -> Pa
         probe=ProbeRecord(reference="unmerged"),
     )  # fmt: skip
     with new_checkpoint(target) as staging:
-        write_graph(build_graph(model, task), staging, task)
+        fuse = can_fuse(model, task)
+        write_graph(build_graph(model, task, fuse=fuse), staging, task)
         model.config.save_pretrained(staging)
         for file, data in companions(name).items():
             (staging / file).write_bytes(data)
-        if task == "causal-lm":
-            write_generation_config(staging, model)
+        write_language(model, task, staging, fused=fuse)
         write_probe(staging / "probe.safetensors", probe)
         seal(staging, manifest)
     return target

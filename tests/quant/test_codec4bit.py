@@ -34,8 +34,11 @@ def equally_decoded(ours, stock):
     """To the bit; where there is a GPU, bitsandbytes decodes on the CPU by other code, to the last bits."""
     if not torch.cuda.is_available():
         return same(ours, stock)
-    near = 4 * torch.finfo(ours.dtype).eps
-    return ours.dtype == stock.dtype and torch.allclose(ours.float(), stock.float(), near, 1e-37)
+    kind = torch.finfo(ours.dtype)
+    near, smallest = 4 * kind.eps, 4 * kind.eps * kind.smallest_normal
+    return ours.dtype == stock.dtype and torch.allclose(
+        ours.double(), stock.double(), near, smallest
+    )
 
 
 def flushed(values):
