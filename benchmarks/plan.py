@@ -146,6 +146,7 @@ def planned(case: Case) -> float:
     setup = Setup(
         weights=weights, rank=case.rank, roles=(*ATTENTION, *MLP), tokens=case.tokens, batch=case.batch,
         checkpointing=case.checkpointing, compute_bytes=4, device="cpu",
+        joined=True, fused_loss=case.kind == "llama",
     )  # fmt: skip
     return plan_shape(shape, setup).total
 

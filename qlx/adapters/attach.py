@@ -162,6 +162,7 @@ def attach_adapter(
     _check_named("modules_to_save", section.modules_to_save, names)
     _check_no_counters(model, section.modules_to_save)
     adapted = [n for n in names if any(f".{n}".endswith(f".{target}") for target in targets)]
+    _check_rank(model, section, adapted)
     _check_patterns("rank_pattern", section.rank_pattern, adapted)
     _check_patterns("alpha_pattern", section.alpha_pattern, adapted)
     if section.exact:
@@ -212,6 +213,23 @@ def _check_no_counters(model: nn.Module, saved: Iterable[str]) -> None:
                 f"adapter.modules_to_save: {inside[0]!r} holds batch normalisation ({parts[-1]}), whose statistics an "
                 "adapter cannot carry; name the layers beside it, such as head.conv"
             )
+
+
+def _check_rank(model: nn.Module, section: AdapterSection, adapted: Iterable[str]) -> None:
+    """A LoRA of a rank that no target has is larger than what it changes; VeRA's rank costs next to nothing."""
+    sizes = {name: _full_rank(model.get_submodule(name)) for name in adapted}
+    largest = max((size for size in sizes.values() if size), default=None)
+    if section.type != "vera" and largest is not None and section.rank > largest:
+        raise Unsupported(
+            f"adapter.rank: {section.rank} is more than any target's matrix has ({largest}); give a smaller rank"
+        )
+
+
+def _full_rank(module: nn.Module) -> int | None:
+    """Of a linear layer, also of transformers' transposed `Conv1D`; None of other modules."""
+    sides = [getattr(module, name, None) for name in ("in_features", "out_features", "nx", "nf")]
+    known = [side for side in sides if isinstance(side, int)]
+    return min(known) if len(known) == 2 else None
 
 
 def _check_patterns(field: str, patterns: Mapping[str, float], adapted: list[str]) -> None:

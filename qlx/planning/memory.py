@@ -5,6 +5,9 @@ ternary); activations with checkpointing from the layer inputs kept, 2 L h T B b
 larger of two peaks: the logits (c_V V T B bytes: bf16 logits, their fp32 copy and its gradient) or
 one layer recomputed (2 T B (8 h + 3 f)). c_V = 8 and the runtime's constant are fitted to the 24
 QLoRA measurements published with Qwen 1.8B to 72B; docs/memory.md shows them beside this model.
+Without checkpointing a gated layer keeps 2 T B (12 h + 4 f), on a GPU whose LoRA products are joined
+2 T B (8.5 h + 4 f), a plain one 2 T B (8 h + 2 f). A loss
+that never builds the logits needs a tile of them, and the gradient of the last hidden states in fp32.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +16,7 @@ from qlx.errors import UsageError
 from qlx.planning.shapes import ATTENTION, Shape, shape_from_count
 
 LOGIT_BYTES = 8  # c_V: bytes per logit at the peak of the loss
+LOGIT_TILE = (4096, 32768)  # positions and words that a fused loss looks at together
 RUNTIME_BYTES = {  # context, kernels, libraries, allocator slack: both fitted, see docs/memory.md
     "cuda": 2.5e9,
     "cpu": 0.87e9,
@@ -91,6 +95,8 @@ class Setup:
         attention_scores: the T × T scores are stored (no fused attention kernel).
         device: "cuda" or "cpu".
         offloaded: linear weights wait off the device and are there one at a time.
+        joined: adapters add into the base's outputs instead of beside them, as qlx trains LoRA.
+        fused_loss: the loss of a language model is computed without its logits, as TRL does.
     """
 
     weights: WeightFormat = field(default_factory=lambda: weight_format("nf4", double_quant=True))
@@ -106,6 +112,8 @@ class Setup:
     attention_scores: bool = False
     device: str = "cuda"
     offloaded: bool = False
+    joined: bool = False
+    fused_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,17 +176,29 @@ def activation_bytes(shape: Shape, setup: Setup) -> float:
     """Peak bytes of activations of one step (see the module's docstring for the formula)."""
     width = setup.compute_bytes
     positions = (shape.tokens or setup.tokens) * setup.batch
-    outputs = LOGIT_BYTES * (shape.vocab * positions + shape.outputs * setup.batch)
+    outputs = _logit_bytes(shape, setup, positions) + LOGIT_BYTES * shape.outputs * setup.batch
     mlp = (3 if shape.gated else 2) * shape.intermediate
     layer = width * positions * (8 * shape.hidden + mlp)
-    # kept for the backward pass besides: norms' inputs, rotated and transposed heads, the MLP's product
-    kept = layer + width * positions * (4 * shape.hidden + shape.intermediate)
+    kept: float = layer  # of a plain MLP
+    if shape.gated:  # its product, inputs of norms in fp32, rotated heads; unless joined LoRA's inputs and outputs again
+        more = (
+            0.5 if setup.joined and setup.device == "cuda" else 4
+        )  # CPUs' allocators keep what is freed
+        kept += width * positions * (more * shape.hidden + shape.intermediate)
     scores = 2 * width * shape.heads * positions * (shape.tokens or setup.tokens)
     if setup.attention_scores:
         layer, kept = layer + scores, kept + scores
     if setup.checkpointing:
         return width * shape.layers * shape.hidden * positions + max(outputs, layer)
     return shape.layers * kept + outputs
+
+
+def _logit_bytes(shape: Shape, setup: Setup, positions: int) -> float:
+    """Peak bytes of a language model's loss."""
+    if not setup.fused_loss or not shape.vocab:
+        return LOGIT_BYTES * shape.vocab * positions
+    tile = min(positions, LOGIT_TILE[0]) * min(shape.vocab, LOGIT_TILE[1])
+    return setup.compute_bytes * tile + positions * shape.hidden * (4 + 2 * setup.compute_bytes)
 
 
 def adapter_parameters(shape: Shape, setup: Setup) -> tuple[int, int]:

@@ -142,4 +142,6 @@ def recipe_setup(recipe: Recipe, device: str = "cuda") -> Setup:
         compute_bytes=_WIDTH[dtype],
         device=device,
         offloaded=recipe.base.offload == "disk" or (recipe.base.offload, device) == ("cpu", "cuda"),
+        joined=_kind(adapter) in ("lora", "pissa") and not (adapter and adapter.use_dora),
+        fused_loss=recipe.task == "causal-lm",
     )

@@ -9,7 +9,7 @@ import pytest
 from qlx.errors import UsageError
 from qlx.planning import PUBLIC_SHAPES, Setup, Shape, plan_size, weight_format
 from qlx.planning.memory import WeightFormat, activation_bytes, plan_shape
-from qlx.planning.shapes import ATTENTION, MLP
+from qlx.planning.shapes import ATTENTION, MLP, shape_from_config
 
 GIB = 2**30
 DOCUMENT = Path(__file__).parents[2] / "docs" / "memory.md"
@@ -214,3 +214,21 @@ def test_the_document_states_these_totals():
     assert all(ours[name] > estimate for name, estimate in ESTIMATE_QLORA.items())
     expected = [(n, f"{e:.2f}", f"{ours[n]:.1f}") for n, e in ESTIMATE_QLORA.items()]
     assert rows == expected
+
+
+@pytest.mark.parametrize(("weights", "allocated"), [("bfloat16", 16.04e9), ("nf4", 14.60e9)])
+def test_what_pytorch_allocated_on_an_h100(weights, allocated):
+    """docs/gpu.md's trainings; the runtime is outside of what PyTorch counts."""
+    shape = shape_from_config(
+        {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 32000}
+    )  # fmt: skip
+    setup = Setup(
+        weights=weight_format(weights, double_quant=True), rank=16, roles=(*ATTENTION, *MLP),
+        tokens=1024, batch=8, checkpointing=False, joined=True, fused_loss=True,
+    )  # fmt: skip
+    parts = plan_shape(shape, setup).parts
+    assert parts.total - parts.runtime == pytest.approx(allocated, rel=0.02)
+    for other in (replace(setup, joined=False), replace(setup, fused_loss=False)):
+        parts = plan_shape(shape, other).parts
+        assert parts.total - parts.runtime > 1.08 * allocated

@@ -85,6 +85,14 @@ def test_names_that_match_nothing_are_told(sections, match, digits_base):
         check(recipe_of(DIGITS_RUN, digits_base, **sections))
 
 
+def test_a_rank_above_every_targets_is_told(digits_base):
+    with pytest.raises(Unsupported, match=r"adapter\.rank: 65 .*\(64\)"):
+        check(recipe_of(DIGITS_RUN, digits_base, adapter={"rank": 65}))
+    assert check(recipe_of(DIGITS_RUN, digits_base, adapter={"rank": 64})).adapted
+    vera = {"rank": 128, "type": "vera"}
+    assert check(recipe_of(DIGITS_RUN, digits_base, adapter=vera)).adapted
+
+
 def test_missing_data_and_bases_are_told(digits_base, python_base, tmp_path):
     text = {"source": "text", "path": str(tmp_path / "none.jsonl")}
     with pytest.raises(InputRefused, match=r"none\.jsonl"):
