@@ -180,10 +180,10 @@ def activation_bytes(shape: Shape, setup: Setup) -> float:
     mlp = (3 if shape.gated else 2) * shape.intermediate
     layer = width * positions * (8 * shape.hidden + mlp)
     kept: float = layer  # of a plain MLP
-    if shape.gated:  # its product, inputs of norms in fp32, rotated heads; unless joined LoRA's inputs and outputs again
-        more = (
-            0.5 if setup.joined and setup.device == "cuda" else 4
-        )  # CPUs' allocators keep what is freed
+    if shape.gated:
+        # norms' inputs in fp32, rotated heads, the MLP's product; unless joined, what LoRA takes and gives once more.
+        # CPUs' allocators keep what is freed.
+        more = 0.5 if setup.joined and setup.device == "cuda" else 4
         kept += width * positions * (more * shape.hidden + shape.intermediate)
     scores = 2 * width * shape.heads * positions * (shape.tokens or setup.tokens)
     if setup.attention_scores:
