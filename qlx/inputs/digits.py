@@ -45,7 +45,7 @@ def _render(image: NDArray[np.float64]) -> Images:
     return np.asarray(grey.resize((SIDE, SIDE), pillow.Resampling.BICUBIC))
 
 
-def _shift(grey: Images, random: np.random.Generator) -> Images:
+def _shift(grey: Images, random: "np.random.Generator") -> Images:
     pillow = require("PIL.Image", "train")
     turned = pillow.fromarray(grey).rotate(
         random.uniform(*_ANGLE), resample=pillow.Resampling.BILINEAR

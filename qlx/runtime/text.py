@@ -1,10 +1,10 @@
 """Turning a stream of tokens into a stream of text that never has to be taken back."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+if TYPE_CHECKING:  # who only looks at pictures does not pay its memory
+    from tokenizers import Tokenizer
 
 __all__ = ["TextStream"]
 
@@ -12,7 +12,9 @@ __all__ = ["TextStream"]
 class TextStream:
     """Decodes token after token; holds back half characters and anything that may become a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: "Tokenizer", stop: Sequence[str] = ()) -> None:
+        from tokenizers.decoders import DecodeStream
+
         self._tokenizer = tokenizer
         self._decoder: Any = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)

@@ -54,3 +54,11 @@ def test_it_starts_without_what_reads_recipes():
     done = run("import sys, qlx.runtime; assert not {'qlx.recipe', 'yaml'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
     assert run("import sys, qlx.recipe; assert 'yaml' not in sys.modules").returncode == 1
+
+
+def test_what_looks_at_pictures_carries_no_tokenizer():
+    """6 of some 70 MiB that a process of `qlx.runtime` begins with."""
+    unused = "{'tokenizers', 'numpy.random'}"
+    done = run(f"import sys, qlx.runtime; assert not {unused} & set(sys.modules)")
+    assert not done.returncode, done.stderr
+    assert run(f"import sys, tokenizers; assert not {unused} & set(sys.modules)").returncode == 1
