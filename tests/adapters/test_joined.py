@@ -208,6 +208,24 @@ def test_gradient_checkpointing_finds_the_same_factors_again():
 
 
 @pytest.mark.parametrize("base", NARROW)
+def test_compiled_it_computes_the_same(base):
+    """As training.compile does on a GPU, but for the code generator, which takes a minute."""
+    _, _, joined = narrowed(base)
+    x = torch.randn(40, 64).bfloat16()
+    compiled = torch.compile(joined, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = outcome(joined, x)
+        joined.zero_grad()
+        found = outcome(compiled, x)
+    assert distance_of_norms(found, wanted) < 1e-3
+    for module in joined.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["default"] *= 1.05
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distance_of_norms(outcome(joined, x), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("base", NARROW)
 def test_autocast_makes_one_array_too(base):
     _, plain, joined = narrowed(base)
     x = torch.randn(30, 64).bfloat16().requires_grad_()
