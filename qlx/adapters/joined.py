@@ -49,7 +49,7 @@ def _joined(kind: Any) -> type:
 class _Joined:
     """Mixed into a LoRA layer of PEFT before the class itself.
 
-    `cast` are the adapter's two factors in the dtype of autocast, of this forward pass.
+    `cast` are the adapter's two factors in the dtype of autocast, from a forward pass to the end of its backward pass.
     """
 
     cast: tuple[Tensor, Tensor] | None = None
@@ -89,22 +89,29 @@ def _cast_factors(model: nn.Module, _: Any, *, layers: list[Any]) -> None:
     dtype = torch.get_autocast_dtype(device)
     if factors and all(type(one) is nn.Parameter and one.dtype != dtype for one in factors):
         apply: Callable[..., tuple[Tensor, ...]] = _Cast.apply
-        cast = iter(apply(dtype, *factors))
+        cast = iter(apply([layer for layer, _ in adapted], dtype, *factors))
         for layer, _ in adapted:
             layer.cast = (next(cast), next(cast))
 
 
 class _Cast(torch.autograd.Function):
-    """Many tensors in another dtype, by one operation; their gradients come back by one."""
+    """Many tensors in another dtype, by one operation; their gradients come back by one, when all are there.
+
+    Then the layers forget what was cast: an optimizer's step comes next, and makes it stale.
+    """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
+    def forward(
+        ctx: Any, layers: list[Any], dtype: torch.dtype, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.layers, ctx.dtypes = layers, [tensor.dtype for tensor in tensors]
         return tuple(_cast_all(tensors, [dtype] * len(tensors)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_cast_all(gradients, ctx.dtypes)
+        for layer in ctx.layers:
+            layer.cast = None
+        return None, None, *_cast_all(gradients, ctx.dtypes)
 
 
 def _cast_all(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -185,11 +185,28 @@ def test_autocast_casts_all_factors_at_once():
     layers = [module for module in joined.modules() if hasattr(module, "cast")]
     x = torch.randn(5, 64).bfloat16()
     with Calls() as calls, torch.autocast("cpu", torch.bfloat16):
-        outcome(joined, x)
+        y = joined(x)
+        assert all(factor.dtype == torch.bfloat16 for layer in layers for factor in layer.cast)
+        y.square().mean().backward()
     assert calls.count["aten._foreach_copy_.default"] == 2
-    assert calls.count["aten._to_copy.default"] < 4  # of the inputs and the loss, none a layer
-    assert all(factor.dtype == torch.bfloat16 for layer in layers for factor in layer.cast)
-    joined.eval()(x)
+    assert calls.count["aten._to_copy.default"] < 4  # of the loss, none a layer
+
+
+def test_what_was_cast_is_forgotten_before_it_is_stale():
+    """Layers called past the model, after a step of an optimizer, and in eval mode."""
+    _, _, joined = narrowed("float")
+    layers = [module for module in joined.modules() if hasattr(module, "cast")]
+    x = torch.randn(5, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        joined(x).square().mean().backward()
+        assert [layer.cast for layer in layers] == [None, None]
+        with torch.no_grad():
+            before = joined.base_model.model(x)
+            layers[0].lora_B["default"].weight.mul_(3)
+            assert not torch.equal(joined.base_model.model(x), before)
+        joined(x)
+        assert None not in [layer.cast for layer in layers]
+        joined.eval()(x)
     assert [layer.cast for layer in layers] == [None, None]
 
 
