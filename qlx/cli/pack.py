@@ -1,5 +1,6 @@
 """`qlx pack`: quantize a merged model into the layout of the library that loads it."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -103,6 +104,10 @@ def command(
 
     if not heal and (calibration is not None or max_bytes_per_weight is not None):
         raise click.UsageError("--calibration and --max-bytes-per-weight belong to --heal")
+    if max_bytes_per_weight is not None and not math.isfinite(max_bytes_per_weight):
+        raise click.UsageError(
+            f"--max-bytes-per-weight: {max_bytes_per_weight} is no number of bytes"
+        )
     if picture is not None:
         check_file(picture, (checkpoint, base, calibration))
     healing = Healing(calibration, max_bytes_per_weight=max_bytes_per_weight) if heal else None

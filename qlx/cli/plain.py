@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlx.checkpoint import load_object, read_config
 from qlx.errors import InputRefused
+from qlx.weights import read_header
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
     Raises:
         InputRefused: it is none of these.
+        CorruptCheckpoint: the header of its weights does not fit them.
     """
     if (directory / "adapter_config.json").is_file():
         return _peft(directory)
@@ -37,6 +39,8 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def _peft(directory: Path) -> dict[str, Any]:
     config = load_object(directory / "adapter_config.json")
+    if (weights := directory / "adapter_model.safetensors").is_file():
+        read_header(weights)
     base = config.get("base_model_name_or_path") or "BASE"
     advice = f"take it in with `qlx save-adapter {directory} -o DIR --base {base}`"
     details = ("peft_type", "task_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")

@@ -64,7 +64,7 @@ def command(
         session.emit(render_plan.table_data(table, available), render_plan.print_table)
         return 0
     shape, setup = _asked(recipe, overrides, sizes)
-    planning.check_rank(shape, max(ranks, default=0))
+    planning.check_rank(shape, max(ranks, default=0 if setup.adapter == "vera" else setup.rank))
     plan = planning.plan_shape(shape, _changed(setup, ranks, changes))
     nearest = planning.suggest(shape, plan.setup, available or 0) if suggest else None
     session.emit(

@@ -74,6 +74,8 @@ def named_adapters(given: Iterable[str]) -> list[tuple[str, Path]]:
             name, directory = whole.resolve().name, whole
         else:
             directory = Path(rest)
+        if equals and not rest:
+            raise UsageError(f"--adapter {text!r}: names no directory after the equals sign")
         if not directory.is_dir():
             raise UsageError(f"--adapter {text!r}: there is no directory {directory}")
         try:

@@ -215,8 +215,7 @@ def as_image(image: Any) -> "Image":
                 f"an image array must be uint8 [H, W, 3] or [H, W], not {image.dtype} {image.shape}"
             )
         image = pillow.fromarray(image)
-    converted: Image = image.convert("RGB")
-    return converted
+    return _rgb(image, "the image")
 
 
 def open_image(source: Any) -> "Image":
@@ -230,12 +229,26 @@ def open_image(source: Any) -> "Image":
         with pillow.open(source) as image:
             if image.size[0] * image.size[1] > MAX_PIXELS:
                 raise too_many_pixels(_named(source))
-            converted: Image = image.convert("RGB")
-            return converted
+            return _rgb(image, _named(source))
     except pillow.DecompressionBombError as error:
         raise too_many_pixels(_named(source)) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise InputRefused(f"{_named(source)}: not an image that can be read ({error})") from error
+
+
+def _rgb(image: "Image", what: str) -> "Image":
+    """The image in 8 bits a colour. Pillow's own conversion cuts greater values off: 16 bits become white."""
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint32)
+        scaled = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        image = require("PIL.Image", "train").fromarray(scaled)
+    if image.mode in ("I", "F"):
+        raise InputRefused(
+            f"{what}: its values ({'32-bit integers' if image.mode == 'I' else 'floats'}) have no known white; "
+            "save it with 8 or 16 bits"
+        )
+    converted: Image = image.convert("RGB")
+    return converted
 
 
 def too_many_pixels(what: str) -> InputRefused:

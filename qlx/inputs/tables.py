@@ -1,5 +1,6 @@
 """Text examples from the user's files: jsonl, csv or parquet, read without running or downloading anything."""
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator, Mapping
@@ -38,12 +39,20 @@ def read_examples(path: Path) -> list[TextExample]:
 
 
 def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                what = f"not UTF-8 text (byte {error.start} of the line)"
+                raise InputRefused(f"{path}: line {number}: {what}; save it as UTF-8") from error
+            except json.JSONDecodeError as error:
+                what = f"not JSON ({error.msg}, column {error.colno})"
+                raise InputRefused(f"{path}: line {number}: {what}") from error
             except (ValueError, RecursionError) as error:
                 raise InputRefused(f"{path}: line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
@@ -53,7 +62,7 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, strict=True)
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputRefused(f"{path}: not a UTF-8 csv file ({error})") from error
@@ -88,8 +97,20 @@ def _example(row: Mapping[str, Any], where: str) -> TextExample:
 
 
 def _text(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str) or (column != "prompt" and not value):
+    if not isinstance(value, str):
         raise InputRefused(f"{where}: {column} must be text")
+    if not value and column != "prompt":
+        raise InputRefused(f"{where}: {column} is empty; leave the row out")
+    return _whole(value, column, where)
+
+
+def _whole(value: str, column: str, where: str) -> str:
+    """JSON can say half of a character, which no tokenizer takes."""
+    half = next((letter for letter in value if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise InputRefused(
+            f"{where}: {column} holds half of a character (\\u{ord(half):04x}); write it whole"
+        )
     return value
 
 
@@ -102,6 +123,7 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
             raise InputRefused(
                 f"{where}: each message needs a role ({', '.join(_ROLES)}) and a text content"
             )
+        _whole(message["content"], "content", where)
     if value[-1]["role"] != "assistant":
         raise InputRefused(
             f"{where}: the last message must be the assistant's; it is what is learned"

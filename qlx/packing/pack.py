@@ -1,5 +1,6 @@
 """`pack`: low-bit weights in the layout of the library that loads them, gated by what survives."""
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -237,9 +238,13 @@ def _packed(weight: Tensor, spec: QuantSpec) -> PackedTensor:
     return packed
 
 
+def _beside(step_share: float) -> str:
+    return "nothing is rounded" if math.isinf(step_share) else f"{step_share:.2g} × the rounding"
+
+
 def _layer_lines(layers: list[LayerRetention]) -> list[str]:
     return [
-        f"{layer.name}: {layer.retention:.1%} of the weight change survives ({layer.step_share:.2g} × the rounding)"
+        f"{layer.name}: {layer.retention:.1%} of the weight change survives ({_beside(layer.step_share)})"
         for layer in layers
         if layer.retention is not None
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+_SLACK = 4
+"""How many times its tokens' characters a text may have before it is tokenized: normalizers drop few."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -91,17 +94,38 @@ class TextModel:
         self._start = start
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens the tokenizer adds itself."""
-        return list(self.tokenizer.encode(prompt).ids)
+        """Token ids of a prompt, with the special tokens the tokenizer adds itself.
+
+        Raises:
+            UsageError: the prompt is far too long for the context.
+        """
+        return self._tokens(prompt, special=True)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next answer begins.
 
         Raises:
             InputRefused: the chat template refuses these messages.
+            UsageError: they are far too long for the context.
         """
-        text = self.codec.chat(messages, answer_next=True)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._tokens(self.codec.chat(messages, answer_next=True), special=False)
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        """As a batch of one: there the tokenizer lets other threads run, which a long text holds up for seconds."""
+        if (
+            len(text) > (usual := _SLACK * self.context_length)
+            and len(text) > usual * self._longest
+        ):
+            raise UsageError(
+                f"the prompt has {len(text)} characters, for which the context of {self.context_length} tokens "
+                "has no room"
+            )
+        return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def generate(
         self, prompt: str | Sequence[int], options: SamplingOptions | None = None

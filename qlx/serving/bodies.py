@@ -145,6 +145,8 @@ def parse_body(data: bytes, shape: type[B]) -> B:
         body = parse_json(data, "request body")
     except CorruptCheckpoint as error:
         raise UsageError(str(error)) from error
+    if not isinstance(body, dict):
+        raise UsageError("request body: must be a JSON object")
     try:
         return shape.model_validate(body, strict=True)
     except ValidationError as error:

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from qlx.cli import main
+from qlx.weights import write_tensors
 
 
 def test_a_checkpoint_is_described_by_its_manifest(adapter, capsys):
@@ -55,6 +57,15 @@ def test_a_plain_peft_directory_names_the_command_that_takes_it_in(plain_adapter
     out = capsys.readouterr().out
     assert "plain PEFT adapter" in out
     assert f"qlx save-adapter {plain_adapter} -o DIR --base owner/model" in out.replace("\n", " ")
+
+
+def test_a_plain_peft_directory_whose_weights_are_cut_short_is_refused(plain_adapter, capsys):
+    weights = plain_adapter / "adapter_model.safetensors"
+    write_tensors(weights, {"base_model.model.x.lora_A.weight": torch.ones(8, 4)})
+    assert main(["inspect", str(plain_adapter)]) == 0
+    weights.write_bytes(weights.read_bytes()[:-20])
+    assert main(["inspect", str(plain_adapter)]) == 3
+    assert "adapter_model.safetensors" in capsys.readouterr().err
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path, capsys):

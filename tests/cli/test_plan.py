@@ -58,6 +58,8 @@ def test_a_recipe_is_planned_and_options_change_it(tmp_path, capsys):
     )
     _, data = planned(capsys, str(recipe))
     assert (data["setup"]["rank"], data["setup"]["tokens"]) == (8, 256)
+    assert main(["plan", str(recipe), "--set", "adapter.rank=5000"]) == 2
+    assert "rank 5000 is more than any matrix" in capsys.readouterr().err
     _, changed = planned(capsys, str(recipe), "--set", "adapter.rank=4", "--tokens", "512")
     assert (changed["setup"]["rank"], changed["setup"]["tokens"]) == (4, 512)
     assert main(["plan", str(recipe)]) == 0

@@ -400,6 +400,7 @@ def test_one_base_with_two_adapters(digits_base, digits_run, digits_second, tmp_
         (("--adapter", "RUN", "--adapter", "RUN"), "two adapters"),
         (("--adapter", "RUN", "--base", "BASE"), "leave out --base"),
         (("--adapter", "x=nowhere"), "there is no directory nowhere"),
+        (("--adapter", "x="), "names no directory after the equals sign"),
     ],
 )
 def test_adapters_that_make_no_sense_are_usage_errors(

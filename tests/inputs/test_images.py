@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
-from qlx.inputs import PREPROCESSOR_FILE, ImagePreprocessor, open_image
+from qlx.inputs import PREPROCESSOR_FILE, ImagePreprocessor, as_image, open_image
 
 SIZES = [(48, 32), (33, 97), (64, 64), (20, 30)]
 
@@ -132,3 +132,23 @@ def test_huge_image_is_refused_before_decoding(monkeypatch):
     buffer.seek(0)
     with pytest.raises(InputRefused, match="too many"):
         open_image(buffer)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_of_grey_are_scaled(kind, pictures):
+    """Pillow's own conversion cuts them off: nearly everything becomes white."""
+    grey = np.asarray(pictures[-1])
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    file = io.BytesIO()
+    wide.save(file, kind)
+    for found in (open_image(io.BytesIO(file.getvalue())), as_image(wide)):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(pictures[-1].convert("RGB")))
+    assert np.asarray(wide.convert("RGB")).mean() > 250  # the control
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_without_a_white_are_refused(dtype):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 3, dtype)).save(file, "TIFF")
+    with pytest.raises(InputRefused, match="no known white"):
+        open_image(file)

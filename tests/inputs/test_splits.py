@@ -141,6 +141,13 @@ def test_messages_and_text_columns(tmp_path, codec):
         ('{"prompt": 3, "completion": "x"}', "prompt must be text"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "assistant"),
         ('{"messages": [{"role": "root", "content": "x"}]}', "role"),
+        ('{"text": "a"}\n{"text": ', r"line 2: not JSON \(Expecting value, column 10\)"),
+        (
+            '{"text": "a"}\n{"text": "\\ud800 half"}',
+            r"row 2: text holds half of a character \(.ud800\)",
+        ),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}]}', "row 1: content holds half"),
+        ('{"text": ""}', "row 1: text is empty"),
         ("", "no examples"),
         ('{"text": "only one"}', "cannot be divided"),
     ],
@@ -150,6 +157,34 @@ def test_wrong_rows_are_named(content, match, tmp_path):
     path.write_text(content)
     with pytest.raises(InputRefused, match=match):
         load_split(section(source="text", path=str(path)), "train")
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    for name, content, match in (
+        (
+            "latin.jsonl",
+            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            r"line 2: not UTF-8 text \(byte 13",
+        ),
+        ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1: not UTF-8"),
+        ("latin.csv", b"text\ncaf\xe9\n", "not a UTF-8 csv"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputRefused, match=match):
+            load_split(section(source="text", path=str(tmp_path / name)), "train")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_mark_at_the_start_and_line_ends_of_windows_are_taken(suffix, tmp_path):
+    """As Excel and Notepad save them."""
+    lines = (
+        ["text", *"abcd"] if suffix == "csv" else [f'{{"text": "{letter}"}}' for letter in "abcd"]
+    )
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    data = section(source="text", path=str(path), eval_fraction=0.3)
+    found = [*load_split(data, "train").examples, *load_split(data, "eval").examples]
+    assert sorted(example.completion for example in found) == list("abcd")
 
 
 def test_other_files_are_refused(tmp_path):

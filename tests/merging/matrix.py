@@ -336,7 +336,9 @@ def make(base: Path, root: Path, kind: str, feature: Feature, *, oracle: bool = 
         return Made(checkpoint, {}, {})
     wanted = _on_disk(base, root / "oracle", task, adapted, feature, sizes=False)
     sizes = _on_disk(base, root / "sizes", task, adapted, feature, sizes=True)
-    if feature.convert:  # PEFT's model holds what is left of the base, rounded where it was taken from the whole
+    if (
+        feature.convert
+    ):  # PEFT's model holds what is left of the base, rounded where it was taken from the whole
         sizes |= {name: sizes[name] + whole.abs() for name, whole in read_tensors(base).items()}
     return Made(checkpoint, wanted, sizes)
 

@@ -160,6 +160,7 @@ def test_options_reach_the_sampler(client):
             "field messages.0.name: ",
         ),
         ("/v1/completions", b"{}", 400, "prompt"),
+        ("/v1/completions", b"[]", 400, "must be a JSON object"),
         ("/v1/completions", b'{"prompt": ""}', 400, "empty"),
         ("/v1/completions", b'{"prompt": 3}', 400, "prompt"),
         ("/v1/completions", b'{"prompt": "a", "best_of": 3}', 400, "best_of"),
@@ -191,6 +192,21 @@ def test_a_prompt_longer_than_the_context_is_a_bad_request(client):
     answer = client.post("/v1/completions", json={"prompt": [9] * 500, "stream": True})
     assert answer.status_code == 400
     assert "context" in answer.json()["error"]["message"]
+
+
+def test_a_text_that_no_context_holds_is_refused_before_it_is_tokenized(client, text_engine):
+    """Tokenizing megabytes of one word takes many seconds."""
+    counted = text_engine.text
+    most = 4 * counted.context_length * max(map(len, counted.tokenizer.get_vocab()))
+    for path, body in (
+        ("completions", {"prompt": "a" * (most + 1)}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a" * (most + 1)}]}),
+    ):
+        answer = client.post(f"/v1/{path}", json=body)
+        assert answer.status_code == 400
+        assert "characters, for which the context" in answer.json()["error"]["message"]
+    answer = client.post("/v1/completions", json={"prompt": "a" * most})
+    assert "tokens; the context" in answer.json()["error"]["message"]  # counted, then refused
 
 
 def test_methods_and_media_types_are_checked(client):

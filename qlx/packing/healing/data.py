@@ -33,6 +33,7 @@ _BETA = 0.4  # both parameters of the distribution of the first one's share in a
 _MOVED = 16  # images are moved by one part in so many of their side at most
 _LOGITS = 2**25  # values of a batch's outputs: 128 MiB in float32
 _RECIPES = (".yaml", ".yml")
+_TEXTS = (".jsonl", ".csv", ".txt")
 _SOURCES: Mapping[Task, tuple[str, tuple[str, ...]]] = {
     "causal-lm": ("text", ("max_length", "answers")),
     "image-classification": ("images", ()),
@@ -80,7 +81,8 @@ def calibration_data(
         rows = _data_rows(_section(checkpoint, file), checkpoint, directory)
     if len(rows) < 2:
         raise InputRefused(
-            f"{file or checkpoint.path}: {len(rows)} rows of calibration data; healing needs two at least, "
+            f"{file or checkpoint.path}: {len(rows)} row{'' if len(rows) == 1 else 's'} of calibration data; "
+            "healing needs two at least, "
             "name more with --calibration"
         )
     order = np.random.default_rng(seed).permutation(len(rows))
@@ -119,6 +121,11 @@ def _section(checkpoint: Checkpoint, file: Path) -> DataSection:
     if file.suffix.lower() in _RECIPES:
         return load_recipe(file).data
     source, fields = _SOURCES[checkpoint.manifest.task]
+    if source != "text" and file.is_file() and file.suffix.lower() in _TEXTS:
+        raise Mismatch(
+            f"{file}: texts, and {checkpoint.path} is a checkpoint for {checkpoint.manifest.task}; "
+            "name a directory of pictures, or a recipe"
+        )
     known = {name: getattr(found, name) for name in fields} if (found := _known(checkpoint)) else {}
     return DataSection.model_validate({"source": source, "path": str(file)} | known)
 
