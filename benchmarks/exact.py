@@ -20,12 +20,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "output"
-SEEDS = (1, 2, 3)
 SEARCH_SEED = 100
 FACTORS = (1 / 3, 1.0, 1.75, 3.0)
 RATES = {"digits": 3, "python": 4, "tennis": 3}  # how many of them a task tries
@@ -64,11 +64,14 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(TASKS), help="tasks, separated by commas")
     parser.add_argument("--picture", type=Path, help="also draw what is kept here")
     parser.add_argument("--schemes", default="int4,ternary,nf4", help="separated by commas")
+    parser.add_argument("--seeds", default="1,2,3", help="separated by commas")
+    parser.add_argument("--no-search", action="store_true", help="with the recipe's learning rate")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.work)  # where the recipes' relative paths are
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     results = {
-        f"{task}, {scheme}": measure(task, scheme)
+        f"{task}, {scheme}": measure(task, scheme, seeds, search=not arguments.no_search)
         for task in arguments.only.split(",")
         for scheme in arguments.schemes.split(",")
     }
@@ -80,27 +83,34 @@ def main() -> int:
     return 0
 
 
-def measure(task: str, scheme: str) -> dict[str, Any]:
+def measure(
+    task: str, scheme: str, seeds: Sequence[int] = (1, 2, 3), *, search: bool = True
+) -> dict[str, Any]:
     """The losses of both ways by seed, and their learning rates."""
     if task == "tennis":
         draw_clips()
     _train(TASKS[task][0], [], Path("runs", TASKS[task][0]))
     found: dict[str, Any] = {}
     for way in WAYS if scheme in FOLDS else ("plain", "exact"):
-        rate = best_rate(task, scheme, way)
-        runs = [trained(task, scheme, way, rate, seed) for seed in SEEDS]
+        rate = best_rate(task, scheme, way) if search else middle_rate(task)
+        runs = [trained(task, scheme, way, rate, seed) for seed in seeds]
         found[way] = {"rate": rate, "runs": runs}
     return found
 
 
 def best_rate(task: str, scheme: str, way: str) -> float:
     """The learning rate with the lowest held-out loss on the search's own division of the data."""
-    from qlx.recipe import load_recipe
-
-    middle = load_recipe(_recipe(TASKS[task][1]), ()).training.learning_rate
+    middle = middle_rate(task)
     rates = [float(f"{middle * factor:.2g}") for factor in FACTORS[: RATES[task]]]
     losses = {rate: trained(task, scheme, way, rate, SEARCH_SEED)["loss"] for rate in rates}
     return min(rates, key=losses.__getitem__)
+
+
+def middle_rate(task: str) -> float:
+    """The recipe's learning rate."""
+    from qlx.recipe import load_recipe
+
+    return float(load_recipe(_recipe(TASKS[task][1]), ()).training.learning_rate)
 
 
 def trained(task: str, scheme: str, way: str, rate: float, seed: int) -> Result:
