@@ -197,19 +197,19 @@ def distilled(on_codes: bool, scheme: str, rate: float, seed: int) -> Iterator[N
     print(f"  {path.name}: {_losses(run)}", file=sys.stderr, flush=True)
     teacher: Any = load_model(run, base).eval()
 
-    def losing(
-        trainer: Any, model: Any, inputs: Any, return_outputs: bool = False, **options: Any
-    ) -> Any:
+    def losing(trainer: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         import torch
+        from torch.nn.functional import cross_entropy
 
-        own = super(StrictTrainer, trainer).compute_loss  # type: ignore[misc]
-        mask = inputs["labels"][:, 1:] != -100
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        labels = inputs["labels"][:, 1:]
+        there = labels != -100
         with torch.no_grad():
-            wanted = teacher(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        loss, outputs = own(model, inputs, return_outputs=True, **options)
-        apart = divergence_of(wanted[:, :-1], outputs.logits[:, :-1], mask)
-        loss = (loss + apart) / 2
-        return (loss, outputs) if return_outputs else loss
+            taught = teacher(**given).logits[:, :-1]
+        # TRL gives logits without gradients, so both parts are made here
+        logits = model(**given).logits[:, :-1]
+        own = cross_entropy(logits[there], labels[there])
+        return (own + divergence_of(taught, logits, there)) / 2
 
     with patch.object(StrictTrainer, "compute_loss", losing, create=True):
         yield
