@@ -20,12 +20,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks" / "output"
-SEEDS = (1, 2, 3)
 SEARCH_SEED = 100
 FACTORS = (1 / 3, 1.0, 1.75, 3.0)
 RATES = {"digits": 3, "python": 4, "tennis": 3}  # how many of them a task tries
@@ -36,7 +36,7 @@ TASKS = {
 }
 CHANGES = {
     "tennis-base": ["base.from_scratch.image_size=[72, 128]", "training.max_steps=600"],
-    "tennis-qlora": ["training.max_steps=150"],
+    "tennis-qlora": ["training.max_steps=150", "training.eval_every=150"],  # which gives the loss
 }
 CLIPS = {"clips/day": (), "clips/night": ("--condition", "night", "--first-game", "6")}
 SCHEMES = {
@@ -64,11 +64,14 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(TASKS), help="tasks, separated by commas")
     parser.add_argument("--picture", type=Path, help="also draw what is kept here")
     parser.add_argument("--schemes", default="int4,ternary,nf4", help="separated by commas")
+    parser.add_argument("--seeds", default="1,2,3", help="separated by commas")
+    parser.add_argument("--no-search", action="store_true", help="with the recipe's learning rate")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.work)  # where the recipes' relative paths are
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     results = {
-        f"{task}, {scheme}": measure(task, scheme)
+        f"{task}, {scheme}": measure(task, scheme, seeds, search=not arguments.no_search)
         for task in arguments.only.split(",")
         for scheme in arguments.schemes.split(",")
     }
@@ -80,27 +83,34 @@ def main() -> int:
     return 0
 
 
-def measure(task: str, scheme: str) -> dict[str, Any]:
+def measure(
+    task: str, scheme: str, seeds: Sequence[int] = (1, 2, 3), *, search: bool = True
+) -> dict[str, Any]:
     """The losses of both ways by seed, and their learning rates."""
     if task == "tennis":
         draw_clips()
     _train(TASKS[task][0], [], Path("runs", TASKS[task][0]))
     found: dict[str, Any] = {}
     for way in WAYS if scheme in FOLDS else ("plain", "exact"):
-        rate = best_rate(task, scheme, way)
-        runs = [trained(task, scheme, way, rate, seed) for seed in SEEDS]
+        rate = best_rate(task, scheme, way) if search else middle_rate(task)
+        runs = [trained(task, scheme, way, rate, seed) for seed in seeds]
         found[way] = {"rate": rate, "runs": runs}
     return found
 
 
 def best_rate(task: str, scheme: str, way: str) -> float:
     """The learning rate with the lowest held-out loss on the search's own division of the data."""
-    from qlx.recipe import load_recipe
-
-    middle = load_recipe(_recipe(TASKS[task][1]), ()).training.learning_rate
+    middle = middle_rate(task)
     rates = [float(f"{middle * factor:.2g}") for factor in FACTORS[: RATES[task]]]
     losses = {rate: trained(task, scheme, way, rate, SEARCH_SEED)["loss"] for rate in rates}
     return min(rates, key=losses.__getitem__)
+
+
+def middle_rate(task: str) -> float:
+    """The recipe's learning rate."""
+    from qlx.recipe import load_recipe
+
+    return float(load_recipe(_recipe(TASKS[task][1]), ()).training.learning_rate)
 
 
 def trained(task: str, scheme: str, way: str, rate: float, seed: int) -> Result:
@@ -127,8 +137,7 @@ def outcome(run: Any, task: str, scheme: str, seed: int) -> Result:
     from qlx.packing import pack
     from qlx.verification import evaluate
 
-    step = run.manifest.lineage[-1].options
-    found = {"base": step["before"]["loss"], "loss": step["after"]["loss"]}
+    found = losses(run)
     if seed == SEARCH_SEED:
         return found
     base, group = Path("runs", TASKS[task][0]), None if scheme == "nf4" else 64
@@ -141,12 +150,49 @@ def outcome(run: Any, task: str, scheme: str, seed: int) -> Result:
         return found
     replayed = packed.manifest.probe.results[-1].metrics if packed.manifest.probe else {}
     found |= {
-        "packed": evaluate(target).metrics["loss"],
+        "packed": heatmap_loss(target) if task == "tennis" else evaluate(target).metrics["loss"],
         "kl": replayed["kl_mean"],
         "top1": replayed["top1"],
     }
     shutil.rmtree(target)
     return found
+
+
+def losses(run: Any) -> Result:
+    """Held-out loss before and after a training; no metric of heatmaps is one, but it is logged."""
+    from qlx.training.progress import METRICS_FILE, read_metrics
+
+    step = run.manifest.lineage[-1].options
+    if "loss" in step["after"]:
+        return {"base": step["before"]["loss"], "loss": step["after"]["loss"]}
+    rows = [row["eval_loss"] for row in read_metrics(run.path / METRICS_FILE) if "eval_loss" in row]
+    return {"base": rows[0], "loss": rows[-1]}
+
+
+def heatmap_loss(path: Path) -> float:
+    """The held-out loss of a heatmap model, as training measures it."""
+    import torch
+
+    from qlx.checkpoint import open_checkpoint
+    from qlx.models import heatmap_grid, model_config
+    from qlx.training.heatmaps import drawn_target, focal_loss
+    from qlx.verification import predictor_of, recorded_data
+    from qlx.verification.evaluate import examples
+
+    checkpoint = open_checkpoint(path)
+    data, predictor = recorded_data(checkpoint), predictor_of(checkpoint, None)
+    grid = heatmap_grid(model_config(path, "heatmap"))
+    found = [
+        float(
+            focal_loss(
+                torch.from_numpy(heatmaps),
+                torch.from_numpy(drawn_target(labels, grid, data.sigma)),
+            )
+        )
+        for batch in examples(checkpoint, data, 8)
+        for heatmaps, labels in zip(predictor.predict(batch.inputs), batch.labels, strict=True)
+    ]
+    return statistics.fmean(found)
 
 
 def _train(recipe: str, changes: list[str], output: Path) -> Any:

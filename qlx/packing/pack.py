@@ -24,6 +24,7 @@ from qlx.merging.companions import carry_probe, copy_companions, read_config, wr
 from qlx.packing.exact import exact_spec_for, packs_exactly, trained_group, trained_zeros
 from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
 from qlx.packing.healing import Healed, Healing, heal
+from qlx.packing.healing.paged import release, tensors_of
 from qlx.packing.layouts import (
     WHOLE,
     GroupSize,
@@ -224,6 +225,7 @@ def _write_codes(
                 layers.append(layer_retention(name, before, merged, dequantize_tensor(result)))
             writer.add(stored_entries(result, name, spec))
             yield name, result
+            release(tensors_of(result))  # healed codes are read from files, once
 
     fingerprint = packed_fingerprint(packed())
     writer.close()

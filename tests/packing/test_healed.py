@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +74,43 @@ def held_out(checkpoint, kind, run):
             pair = [m(**inputs).logits.numpy() for m in (model, packed)]
         tally.add(*pair, None if mask is None else mask.astype(bool))
     return tally.comparison()
+
+
+def resident(words):
+    """The mapped files whose names contain `words` that have pages in memory."""
+    found, name = set(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            name = rest[-1]
+        elif first == "Rss:" and int(rest[0]) and words in name:
+            found.add(Path(name).name)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("let_go", [True, False], ids=["as it is", "negative control"])
+def test_healed_codes_leave_memory_when_they_are_written(
+    let_go, tmp_path, runs, recipes, monkeypatch
+):
+    writing = importlib.import_module("qlx.packing.pack")
+    inner, most = writing.packed_fingerprint, []
+
+    def watching(items):
+        for name, packed in items:
+            most.append(len({file.split(".healed.")[0] for file in resident(".healed.")}))
+            yield name, packed
+
+    monkeypatch.setattr(writing, "packed_fingerprint", lambda items: inner(watching(items)))
+    if not let_go:
+        monkeypatch.setattr(writing, "release", lambda tensors: None)
+    run, base = runs["digits"]
+    pack(
+        run, tmp_path / "packed", to="int4", group_size=32, base=base,
+        min_retention=0, healing=Healing(recipes["digits"], steps=0),
+    )  # fmt: skip
+    assert (max(most) == 1) == let_go
+    assert len(most) > 10
 
 
 @pytest.mark.parametrize("kind", list(RECIPES))

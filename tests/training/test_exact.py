@@ -17,7 +17,7 @@ from qlx.quant import GRID_FILE, packed_modules, packed_of_module
 from qlx.recipe import Recipe
 from qlx.training import check, save_adapter, train
 from qlx.training.trainers import StrictTrainer
-from qlx.verification import replay, verify
+from qlx.verification import evaluate, replay, verify
 from qlx.weights import open_weights, read_tensors, write_tensors
 from tests.conftest import DIGITS_RUN, PYTHON_RUN, TENNIS_RUN, recipe_of
 from tests.isolation import DISTANCE, run_without
@@ -196,6 +196,41 @@ def int4_run(digits_base, tmp_path_factory):
 def int2_folded(digits_base, tmp_path_factory):
     recipe = recipe_for("digits", "int2 fold", digits_base)
     return train(recipe, tmp_path_factory.mktemp("folded") / "run")
+
+
+@pytest.fixture(scope="module")
+def int2_run(digits_base, tmp_path_factory):
+    recipe = recipe_for("digits", "int2", digits_base)
+    return train(recipe, tmp_path_factory.mktemp("int2") / "run")
+
+
+@pytest.mark.parametrize("kind", ["int2_run", "int2_folded"])
+def test_what_is_saved_of_zero_points_is_the_adapter_and_scores_as_it_did(
+    kind, digits_base, request, tmp_path
+):
+    run, base = request.getfixturevalue(kind), str(digits_base)
+    adapter = save_adapter(run.path, tmp_path / "adapter", base=base)
+    assert (adapter.path / EXACT_FILE).read_bytes() == (run.path / EXACT_FILE).read_bytes()
+    assert not (adapter.path / "adapter_config.json").exists()  # PEFT would take it for a LoRA
+    assert adapter.manifest.adapter == run.manifest.adapter
+    assert adapter.manifest.adapter.folded == (kind == "int2_folded")
+    assert verify(adapter.path, base=base).passed
+    measured = run.manifest.lineage[-1].options
+    scored = evaluate(run.path, base=base).metrics
+    assert scored == pytest.approx(measured["after"], rel=1e-6)
+    assert evaluate(adapter.path, base=base).metrics == scored
+    packed = pack(adapter.path, tmp_path / "packed", to="int2", base=digits_base)
+    assert evaluate(packed.path).metrics == scored
+    assert measured["before"]["loss"] > 1.01 * scored["loss"]  # negative control: the base's codes
+
+
+def test_a_fold_is_not_taken_for_what_moves_codes(int2_folded, int2_run, digits_base, tmp_path):
+    """Under the other's record either is refused."""
+    with pytest.raises(CorruptCheckpoint, match="not all tensors"):
+        read_exact(int2_run.path, int2_folded.manifest.adapter)
+    forged = replace(int2_folded, manifest=int2_run.manifest)
+    with pytest.raises(Mismatch, match="the adapter's update of"):
+        load_model(forged, resolve_source(str(digits_base)))
 
 
 def test_a_folded_adapter_leaves_the_codes(int2_folded, digits_base, tmp_path):
