@@ -23,7 +23,8 @@ def join_products(model: ir.Model) -> None:
     """Replace products of packed integers that have the same inputs by one product and a Split.
 
     Requires: final names of initializers (`<parent>.<leaf>.weight_codes` and so on).
-    Ensures: the same values. The rows of the weights lie one after the other, in tensors named by
+    Ensures: the same values, up to the last bits where onnxruntime would have put a bias into a separate
+    product. The rows of the weights lie one after the other, in tensors named by
     `joined_name`: `self_attn.q_proj:64+k_proj:32+v_proj:32.weight_codes`.
     """
     groups: dict[tuple[object, ...], list[ir.Node]] = {}
