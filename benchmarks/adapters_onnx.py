@@ -3,8 +3,7 @@
     python benchmarks/adapters_onnx.py                     # several minutes, 4 GB of disk, 8 GB of memory
     python benchmarks/adapters_onnx.py --quick             # a small model: seconds, to see that it runs
 
-A ViT of 22 M parameters and a Llama of 0.3 B with random weights, in int4 at accuracy levels 0 and 4 and in fp32,
-with the attention that `qlx export-onnx` writes, and adapters of rank 16
+A ViT of 22 M parameters and a Llama of 0.3 B with random weights, in int4 and fp32, and adapters of rank 16
 on every linear layer, one of them of rank 8 on two. All graphs run in one process, on one thread, in turns: the
 medians of each one's processor time, and of its quotient to the plain graph's in the same turn, so that other
 work on the machine matters little. `bank` is the other way to mix a
@@ -30,7 +29,6 @@ from torch import nn
 
 from qlx.checkpoint import QuantSpec
 from qlx.exporting import build_graph, write_graph
-from qlx.exporting.fused import can_fuse
 from qlx.exporting.separate import make_swappable
 from qlx.exporting.updates import Update, write_adapter_file
 from qlx.quant import packed_linears, quantize_model
@@ -41,15 +39,7 @@ PAST, PROMPT, ROWS, RANK = 128, 32, 4, 16
 NAMES = ("one", "two", "small")
 INT4 = QuantSpec(method="qlora", weight_bits=4, scheme="int4", group_size=64, backend="qlx")
 PLACE = frozenset({"lora_A", "lora_B"})
-BASES: dict[str, tuple[QuantSpec | None, int]] = {
-    "int4": (INT4, 0),
-    "int4, level 4": (INT4, 4),
-    "fp32": (None, 0),
-}
-"""How the base is quantized, and the accuracy level of its products."""
-
 Feeds = dict[str, ort.OrtValue]
-Base = tuple[QuantSpec | None, int]
 
 
 def llama(quick: bool) -> nn.Module:
@@ -78,9 +68,9 @@ def vit(quick: bool) -> nn.Module:
 MODELS = {"causal-lm": llama, "image-classification": vit}
 
 
-def write_graphs(folder: Path, task: str, base: Base, quick: bool) -> dict[str, int]:
+def write_graphs(folder: Path, task: str, quant: QuantSpec | None, quick: bool) -> dict[str, int]:
     """The plain graph, the swappable one and the bank in `folder`; the adapters' sizes in bytes."""
-    quant, level = base
+    torch.manual_seed(0)
     for kind in ("plain", "swappable"):
         torch.manual_seed(0)
         model = MODELS[task](quick)
@@ -90,10 +80,9 @@ def write_graphs(folder: Path, task: str, base: Base, quick: bool) -> dict[str, 
         prefixes = (
             make_swappable(model, dict.fromkeys(layers, PLACE)) if kind == "swappable" else {}
         )
-        packed_linears(model, accuracy_level=level)
+        packed_linears(model)
         (folder / kind).mkdir()
-        swap, fuse = kind == "swappable", can_fuse(model, task)
-        graph = build_graph(model, task, prefixes=prefixes, swappable=swap, fuse=fuse)
+        graph = build_graph(model, task, prefixes=prefixes, swappable=kind == "swappable")
         write_graph(graph, folder / kind, task)
     write_bank(folder)
     for name in NAMES:
@@ -152,7 +141,7 @@ def value(array: Any) -> ort.OrtValue:
 
 
 def text_feeds(session: ort.InferenceSession, rows: int, past: int, fresh: int) -> Feeds:
-    """A step of `fresh` tokens over a cache of `past`, in buffers that have room for them."""
+    """A step of `fresh` tokens over a filled cache."""
     random = np.random.default_rng(0)
     feeds = {
         "input_ids": value(random.integers(0, 32000, (rows, fresh))),
@@ -161,7 +150,7 @@ def text_feeds(session: ort.InferenceSession, rows: int, past: int, fresh: int) 
     }
     for item in session.get_inputs():
         if item.name.startswith("past"):
-            shape = (rows, item.shape[1], past + fresh, item.shape[3])
+            shape = (rows, item.shape[1], past, item.shape[3])
             feeds[item.name] = value(random.standard_normal(shape).astype(np.float32))
     return feeds
 
@@ -209,47 +198,30 @@ class Subject:
         }
         self.adapters[None] = {}
         self.bank = self._bank()
+        self.outputs = [item.name for item in self.sessions["plain"].get_outputs()]
 
     def _bank(self) -> Feeds:
         """All adapters stacked, the base first."""
         return _stacked([self.adapters[name] for name in (None, *NAMES)])
 
-    def bound(self, kind: str, feeds: Feeds, more: Feeds | None = None) -> Callable[[], Any]:
-        """A run that gives the logits, with everything bound as `qlx.runtime` does: the cache in place."""
-        session = self.sessions[kind]
-        binding = session.io_binding()
-        for name, each in {**feeds, **(more or {})}.items():
-            binding.bind_ortvalue_input(name, each)
-        for item in session.get_outputs():
-            past = item.name.replace("present", "past_key_values")
-            if past in feeds:
-                binding.bind_ortvalue_output(item.name, feeds[past])
-            else:
-                binding.bind_output(item.name, "cpu")
-
-        def run() -> Any:
-            session.run_with_iobinding(binding)
-            return binding.get_outputs()[0].numpy()
-
-        return run
-
     def run(self, kind: str, feeds: Feeds, more: Feeds | None = None) -> Any:
         """The logits."""
-        return self.bound(kind, feeds, more)()
+        found = self.sessions[kind].run_with_ort_values(self.outputs, {**feeds, **(more or {})})
+        return found[0].numpy()
 
     def works(self, feeds: Feeds, rows: int) -> dict[str, Callable[[], Any]]:
         """Everything that can be done with a batch, the plain graph first."""
         found: dict[str, Callable[[], Any]] = {
-            "plain graph": self.bound("plain", feeds),
-            "no adapter": self.bound("swappable", feeds),
-            "one adapter": self.bound("swappable", feeds, self.adapters["one"]),
+            "plain graph": lambda: self.run("plain", feeds),
+            "no adapter": lambda: self.run("swappable", feeds),
+            "one adapter": lambda: self.run("swappable", feeds, self.adapters["one"]),
         }
         if rows > 1:
             names, mixed = self.mixed(rows)
             ids = value(np.array([(None, *NAMES).index(name) for name in names]))
             bank = {**self.bank, "adapter_ids": ids}
-            found["mixed rows"] = self.bound("swappable", feeds, mixed)
-            found["mixed, bank"] = self.bound("bank", feeds, bank)
+            found["mixed rows"] = lambda: self.run("swappable", feeds, mixed)
+            found["mixed, bank"] = lambda: self.run("bank", feeds, bank)
         return found
 
     def mixed(self, rows: int) -> tuple[list[str | None], Feeds]:
@@ -279,9 +251,9 @@ class Subject:
         return {name: 1e3 * statistics.median(times) for name, times in named.items()}
 
 
-def measure(folder: Path, task: str, base: Base, args: argparse.Namespace) -> Any:
+def measure(folder: Path, task: str, quant: QuantSpec | None, args: argparse.Namespace) -> Any:
     """All figures of one model in one precision."""
-    sizes = write_graphs(folder, task, base, args.quick)
+    sizes = write_graphs(folder, task, quant, args.quick)
     subject = Subject(folder, task)
     plain = subject.sessions["plain"]
     if task == "causal-lm":
@@ -329,16 +301,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--turns", type=int, default=9, help="how often each is run")
-    parser.add_argument("--only", metavar="NAME", help="one of the six, such as 'ViT-S, fp32'")
+    parser.add_argument("--only", metavar="NAME", help="one of the four, such as 'ViT-S, fp32'")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     for task, named in (("image-classification", "ViT-S"), ("causal-lm", "Llama 0.3 B")):
-        for precision, base in BASES.items():
-            name = f"{named}, {precision}"
+        for quant in (INT4, None):
+            name = f"{named}, {'fp32' if quant is None else quant.scheme}"
             if args.only not in (None, name):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                results[name] = measure(Path(folder), task, base, args)
+                results[name] = measure(Path(folder), task, quant, args)
             print("\n".join(table(name, results[name])), flush=True)
     target = Path(__file__).parent / "output" / "adapters_onnx.json"
     target.parent.mkdir(exist_ok=True)
