@@ -399,6 +399,7 @@ def main() -> None:
             print(
                 "\n".join(["", f"**{name}**", "", *table(these, found, speed), "", *ratios(found)])
             )
+        print("\n".join(["", *spent(room / "random-int4-onnx")]))
     output = Path(__file__).parent / "output"
     output.mkdir(exist_ok=True)
     (output / "generation.json").write_text(json.dumps(report, indent=2) + "\n")

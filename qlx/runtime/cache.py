@@ -27,11 +27,11 @@ _ROOM = 256
 class Cache(Protocol):
     """One sequence batch's keys and values."""
 
-    def run(self, values: Values, total: int) -> Array:
-        """Run the graph; `values` are its other inputs, `total` the tokens the cache holds afterwards.
+    def run(self, feeds: Mapping[str, Array], adapter: Values, total: int) -> Array:
+        """Run the graph; `total` is how many tokens the cache holds afterwards.
 
         Returns:
-            The logits.
+            The logits float32 [B, T, vocabulary], an array of the caller's own.
         """
         ...
 
@@ -50,9 +50,10 @@ class ReturnedCache:
         self._outputs = model.outputs
         self._held = {name: _value(_empty(batch, size, 0)) for name, size in layers.items()}
 
-    def run(self, values: Values, total: int) -> Array:
+    def run(self, feeds: Mapping[str, Array], adapter: Values, total: int) -> Array:
         """See `Cache`."""
-        inputs = {**values, **self._held}
+        values = {name: _value(array) for name, array in feeds.items()}
+        inputs = {**values, **adapter, **self._held}
         logits, *present = self._model.run(self._outputs, inputs, stay=self._outputs[1:])
         self._held = dict(zip(self._held, present, strict=True))
         return np.asarray(logits.numpy(), np.float32)
@@ -74,21 +75,31 @@ class SharedCache:
         self._binding = model.session.io_binding()
         self._layers, self._batch = layers, batch
         self._buffers: dict[str, ort.OrtValue] = {}
+        self._adapter: Values = {}
+        self._logits = np.empty(0, np.float32)
+        self._vocabulary = int(model.session.get_outputs()[0].shape[-1])
         self._room = 0
 
-    def run(self, values: Values, total: int) -> Array:
-        """See `Cache`."""
+    def run(self, feeds: Mapping[str, Array], adapter: Values, total: int) -> Array:
+        """See `Cache`. A step binds what changed and no more: threads that wait for it fall asleep."""
         if total > self._room:
             self._grow(max(total + _ROOM, 2 * self._room))
-        for name, value in values.items():
-            self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_output("logits", "cpu")
+        if adapter is not self._adapter:
+            for name, value in adapter.items():
+                self._binding.bind_ortvalue_input(name, value)
+            self._adapter = adapter
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        shape = (*feeds["input_ids"].shape, self._vocabulary)
+        if self._logits.shape != shape:
+            self._logits = np.empty(shape, np.float32)
+            self._binding.bind_ortvalue_output("logits", _value(self._logits))
         self._session.run_with_iobinding(self._binding)
-        return np.asarray(self._binding.get_outputs()[0].numpy(), np.float32)
+        return self._logits.copy()
 
     def _grow(self, room: int) -> None:
         self._binding.clear_binding_outputs()
-        self._binding.bind_output("logits", "cpu")
+        self._logits = np.empty(0, np.float32)
         for name, size in self._layers.items():
             wider = _empty(self._batch, size, room)
             if self._room:

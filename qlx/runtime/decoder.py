@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qlx.errors import CorruptCheckpoint
@@ -83,11 +82,8 @@ class CausalDecoder:
             "attention_mask": self._mask,
             "position_ids": positions(self._mask)[:, -tokens.shape[1] :],
         }
-        values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a))
-            for name, a in feeds.items()
-        }
-        return self._cache.run({**values, **self._adapter}, self.length)
+        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        return self._cache.run(feeds, self._adapter, self.length)
 
 
 def _cache_inputs(model: OnnxModel) -> dict[str, tuple[int, int]]:

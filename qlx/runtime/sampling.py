@@ -65,7 +65,9 @@ class Sampler:
     def choose(self, logits: Array) -> int:
         """The next token for logits [vocabulary]; it counts as seen from now on."""
         if self._options.temperature == 0:
-            token = int(np.argmax(_penalised(logits, self._seen, self._options.repetition_penalty)))
+            penalty = self._options.repetition_penalty
+            scores = logits if penalty == 1 else _penalised(logits, self._seen, penalty)
+            token = int(np.argmax(scores))
         else:
             weights = next_distribution(logits, self._options, self._seen)
             token = int(

@@ -4,7 +4,7 @@ Needs onnx and onnxruntime. A packed matrix is read through the runtime's own ke
 one node, given the unit vectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,33 @@ import numpy as np
 from qlx.errors import require
 from qlx.verification.metrics import Array
 
-__all__ = ["graph_weights"]
+__all__ = ["graph_weights", "joined_name"]
 
 _TURNED, _CODES, _DOWN, _UP = ".weight.T", ".weight_codes", ".lora_A", ".lora_B"
 _SCALE, _SHIFT = ".lora_scale", ".lora_bias"
 _PARTS = (_DOWN, _UP, _SCALE, _SHIFT, ".weight_absmax", ".weight_scales", ".weight_zeros")
+_JOIN, _COUNT = "+", ":"
+
+
+def joined_name(parent: str, rows: Mapping[str, int]) -> str:
+    """The name of several modules of one parent whose weights lie in one tensor, row after row.
+
+    `rows` is how many each has, by its leaf name: `self_attn.q_proj:64+k_proj:32+v_proj:32`.
+    """
+    leaf = _JOIN.join(f"{name}{_COUNT}{count}" for name, count in rows.items())
+    return f"{parent}.{leaf}" if parent else leaf
+
+
+def _modules(name: str) -> dict[str, slice]:
+    """The modules that a (perhaps joined) name stands for, each with its rows."""
+    parent, dot, leaf = name.rpartition(".")
+    if _JOIN not in leaf:
+        return {name: slice(None)}
+    found, start = {}, 0
+    for each in leaf.split(_JOIN):
+        module, _, count = each.rpartition(_COUNT)
+        found[f"{parent}{dot}{module}"] = slice(start, start := start + int(count))
+    return found
 
 
 def graph_weights(path: Path, adapter: Path | None = None) -> dict[str, Callable[[], Array]]:
@@ -33,6 +55,12 @@ def graph_weights(path: Path, adapter: Path | None = None) -> dict[str, Callable
     stored = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {name: node for node in graph.node for name in node.input if name.endswith(_CODES)}
     makers = {name: node for node in graph.node for name in node.output}
+    places = {
+        module: (name, rows)
+        for name in stored
+        if name.endswith(_CODES)
+        for module, rows in _modules(name.removesuffix(_CODES)).items()
+    }
 
     def array(name: str) -> Array:
         if name in given:
@@ -41,10 +69,11 @@ def graph_weights(path: Path, adapter: Path | None = None) -> dict[str, Callable
 
     def matrix(module: str) -> Array:
         """[in, out], the base's part."""
-        if f"{module}{_CODES}" not in stored:
+        if module not in places:
             return array(f"{module}{_TURNED}")
-        node = nodes[f"{module}{_CODES}"]
-        values = _through_kernel(node, stored)
+        name, rows = places[module]
+        node = nodes[name]
+        values = _through_kernel(node, stored)[:, rows]
         maker = makers.get(node.input[0])
         if maker is None or maker.op_type != "Gather" or maker.input[1] not in stored:
             return values
@@ -69,8 +98,8 @@ def graph_weights(path: Path, adapter: Path | None = None) -> dict[str, Callable
     found: dict[str, Callable[[], Array]] = {}
     for name in stored:
         if name.endswith((_TURNED, _CODES)):
-            module = name.removesuffix(_TURNED).removesuffix(_CODES)
-            found[f"{module}.weight"] = _reader(whole, module)
+            for module in _modules(name.removesuffix(_TURNED).removesuffix(_CODES)):
+                found[f"{module}.weight"] = _reader(whole, module)
         elif "." in name and not name.endswith(_PARTS):
             found[name] = _reader(bias if name.endswith(".bias") else array, name)
     return found
