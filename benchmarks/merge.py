@@ -3,8 +3,10 @@
     python benchmarks/merge.py                    # a 1.7 GB Llama in bf16, about a minute
     python benchmarks/merge.py --size 8B --only qlx,cp --repeats 1      # 16 GB: memory stays flat
 
-Every measurement is a process of its own, after its imports; the methods take turns in changing order, and the
-table gives medians. `wall` depends on what else the machine does, `cpu` (seconds of all threads) does not.
+Every measurement is a process of its own, after its imports; the methods take turns in changing order, and
+the table gives medians. Before each, the base is copied and the copy removed: a virtual machine gives free
+memory back to its host, and getting it again would be counted for whoever comes next. `wall` depends on
+what else the machine does, `cpu` (seconds of all threads) does less.
 Of qlx, *work* is all of the plan, the hashing of base and result, and the writing: `qlx` with a base whose
 hashes an earlier command has left (the usual case: training read it), `qlx first` with one never
 seen. *sync* flushes the result to the disk, which cp and PEFT leave to the system (so `cp` has a row with
@@ -31,12 +33,18 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 _COMMON = """
-import json, os, resource, sys, time
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 def mark(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def settle():
+    # as much memory as the output needs is free and at hand, whatever ran before
+    scratch = str(output) + ".scratch"
+    subprocess.run(["cp", "-r", str(base), scratch], check=True)
+    shutil.rmtree(scratch)
 
 class Stage:
     def __enter__(self):
@@ -59,6 +67,7 @@ import torch
 from qlx.checkpoint import open_checkpoint, resolve_source
 from qlx.checkpoint.durable import sync_tree
 from qlx.merging import check_effect, plan_of, write_merge
+settle()
 held = mark("VmRSS")
 with Stage() as work:
     opened = open_checkpoint(adapter)
@@ -73,7 +82,6 @@ with Stage() as sync:
     sync_tree(output)
 times = {name: {"wall": s.wall, "cpu": s.cpu} for name, s in (("work", work), ("sync", sync))}
 if "proof" in sys.argv:
-    import shutil
     from qlx.checkpoint import read_probe
     from qlx.models import TorchPredictor, streamed_model
     shutil.copy(adapter / "config.json", output)
@@ -91,6 +99,7 @@ PEFT = (
     + """
 import torch, transformers, peft
 from transformers import AutoModelForCausalLM
+settle()
 held = mark("VmRSS")
 with Stage() as work:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -226,6 +235,8 @@ def _run(method: str, made: dict[str, Any], output: Path, extra: list[str]) -> d
 
 
 def _copy(base: Path, output: Path, *, sync: bool) -> dict[str, Any]:
+    shutil.copytree(base, f"{output}.scratch")
+    shutil.rmtree(f"{output}.scratch")
     start = time.perf_counter()
     child = os.posix_spawnp("cp", ["cp", "-r", str(base), str(output)], os.environ)
     usage = os.wait4(child, 0)[2]
