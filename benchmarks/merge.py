@@ -10,8 +10,9 @@ what else the machine does, `cpu` (seconds of all threads) does less.
 Of qlx, *work* is all of the plan, the hashing of base and result, and the writing: `qlx` with a base whose
 hashes an earlier command has left (the usual case: training read it), `qlx first` with one never
 seen. *sync* flushes the result to the disk, which cp and PEFT leave to the system (so `cp` has a row with
-it); *proof* runs the merged model on its probe, layer by layer. The table goes to standard output, everything to
-benchmarks/output/merge.json.
+it); *copy* and *hash* are the two things no merge can leave out, alone and on all cores: a copy in the
+kernel, one thread a file, and SHA-256 of every byte; *proof* runs the merged model on its probe, layer by
+layer. The table goes to standard output, everything to benchmarks/output/merge.json.
 """
 
 import argparse
@@ -109,6 +110,36 @@ say(held, work=work)
 """
 )
 
+FLOOR = (
+    _COMMON
+    + """
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+def copied(path):
+    with open(path, "rb") as source, open(output / path.name, "wb") as target:
+        left = path.stat().st_size
+        while left:
+            left -= os.copy_file_range(source.fileno(), target.fileno(), min(left, 2**24))
+def hashed(span):
+    path, at, end = span
+    sha256, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
+    with open(path, "rb", buffering=0) as file:
+        while at < end:
+            count = os.preadv(file.fileno(), [buffer[: end - at]], at)
+            sha256.update(buffer[:count])
+            at += count
+files = sorted(base.glob("*.safetensors"))
+spans = [(path, at, min(at + 2**25, path.stat().st_size))
+         for path in files for at in range(0, path.stat().st_size, 2**25)]
+settle()
+held = mark("VmRSS")
+output.mkdir()
+with Stage() as work, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    list(pool.map(copied, files) if "copy" in sys.argv else pool.map(hashed, spans))
+say(held, work=work)
+"""
+)
+
 
 def main() -> int:
     """Generate, measure, print."""
@@ -140,7 +171,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--only", default="cp,cp+sync,qlx,qlx first,peft", help="methods, separated by commas"
+        "--only",
+        default="cp,cp+sync,copy,hash,qlx,qlx first,peft",
+        help="methods, separated by commas",
     )
     parser.add_argument("--proof", action="store_true", help="measure the replay by layers too")
     parser.add_argument("--directory", help="where the model is generated (default: TMPDIR)")
@@ -220,7 +253,8 @@ def _short(found: dict[str, Any]) -> str:
 def _run(method: str, made: dict[str, Any], output: Path, extra: list[str]) -> dict[str, Any]:
     if method.startswith("cp"):
         return _copy(made["base"], output, sync=method == "cp+sync")
-    code = PEFT if method == "peft" else QLX
+    code = {"peft": PEFT, "copy": FLOOR, "hash": FLOOR}.get(method, QLX)
+    extra = [method] if code is FLOOR else extra
     command = [sys.executable, "-c", code, str(made["base"]), str(made["adapter"]), str(output)]
     root = str(Path(__file__).parents[1])
     cache = "off" if method == "qlx first" else str(output.parent / "cache")
