@@ -3,13 +3,16 @@
     python benchmarks/merge.py                    # a 1.7 GB Llama in bf16, about a minute
     python benchmarks/merge.py --size 8B --only qlx,cp --repeats 1      # 16 GB: memory stays flat
 
-Every measurement is a process of its own, after its imports; the methods take turns in changing order, and the
-table gives medians. `wall` depends on what else the machine does, `cpu` (seconds of all threads) does not.
+Every measurement is a process of its own, after its imports; the methods take turns in changing order, and
+the table gives medians. Before each, the base is copied and the copy removed: a virtual machine gives free
+memory back to its host, and getting it again would be counted for whoever comes next. `wall` depends on
+what else the machine does, `cpu` (seconds of all threads) does less.
 Of qlx, *work* is all of the plan, the hashing of base and result, and the writing: `qlx` with a base whose
 hashes an earlier command has left (the usual case: training read it), `qlx first` with one never
 seen. *sync* flushes the result to the disk, which cp and PEFT leave to the system (so `cp` has a row with
-it); *proof* runs the merged model on its probe, layer by layer. The table goes to standard output, everything to
-benchmarks/output/merge.json.
+it); *copy* and *hash* are the two things no merge can leave out, alone and on all cores: a copy in the
+kernel, one thread a file, and SHA-256 of every byte; *proof* runs the merged model on its probe, layer by
+layer. The table goes to standard output, everything to benchmarks/output/merge.json.
 """
 
 import argparse
@@ -31,12 +34,18 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 _COMMON = """
-import json, os, resource, sys, time
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 def mark(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def settle():
+    # as much memory as the output needs is free and at hand, whatever ran before
+    scratch = str(output) + ".scratch"
+    subprocess.run(["cp", "-r", str(base), scratch], check=True)
+    shutil.rmtree(scratch)
 
 class Stage:
     def __enter__(self):
@@ -59,6 +68,7 @@ import torch
 from qlx.checkpoint import open_checkpoint, resolve_source
 from qlx.checkpoint.durable import sync_tree
 from qlx.merging import check_effect, plan_of, write_merge
+settle()
 held = mark("VmRSS")
 with Stage() as work:
     opened = open_checkpoint(adapter)
@@ -73,7 +83,6 @@ with Stage() as sync:
     sync_tree(output)
 times = {name: {"wall": s.wall, "cpu": s.cpu} for name, s in (("work", work), ("sync", sync))}
 if "proof" in sys.argv:
-    import shutil
     from qlx.checkpoint import read_probe
     from qlx.models import TorchPredictor, streamed_model
     shutil.copy(adapter / "config.json", output)
@@ -91,11 +100,42 @@ PEFT = (
     + """
 import torch, transformers, peft
 from transformers import AutoModelForCausalLM
+settle()
 held = mark("VmRSS")
 with Stage() as work:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.save_pretrained(output)
+say(held, work=work)
+"""
+)
+
+FLOOR = (
+    _COMMON
+    + """
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+def copied(path):
+    with open(path, "rb") as source, open(output / path.name, "wb") as target:
+        left = path.stat().st_size
+        while left:
+            left -= os.copy_file_range(source.fileno(), target.fileno(), min(left, 2**24))
+def hashed(span):
+    path, at, end = span
+    sha256, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
+    with open(path, "rb", buffering=0) as file:
+        while at < end:
+            count = os.preadv(file.fileno(), [buffer[: end - at]], at)
+            sha256.update(buffer[:count])
+            at += count
+files = sorted(base.glob("*.safetensors"))
+spans = [(path, at, min(at + 2**25, path.stat().st_size))
+         for path in files for at in range(0, path.stat().st_size, 2**25)]
+settle()
+held = mark("VmRSS")
+output.mkdir()
+with Stage() as work, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    list(pool.map(copied, files) if "copy" in sys.argv else pool.map(hashed, spans))
 say(held, work=work)
 """
 )
@@ -131,7 +171,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--only", default="cp,cp+sync,qlx,qlx first,peft", help="methods, separated by commas"
+        "--only",
+        default="cp,cp+sync,copy,hash,qlx,qlx first,peft",
+        help="methods, separated by commas",
     )
     parser.add_argument("--proof", action="store_true", help="measure the replay by layers too")
     parser.add_argument("--directory", help="where the model is generated (default: TMPDIR)")
@@ -211,7 +253,8 @@ def _short(found: dict[str, Any]) -> str:
 def _run(method: str, made: dict[str, Any], output: Path, extra: list[str]) -> dict[str, Any]:
     if method.startswith("cp"):
         return _copy(made["base"], output, sync=method == "cp+sync")
-    code = PEFT if method == "peft" else QLX
+    code = {"peft": PEFT, "copy": FLOOR, "hash": FLOOR}.get(method, QLX)
+    extra = [method] if code is FLOOR else extra
     command = [sys.executable, "-c", code, str(made["base"]), str(made["adapter"]), str(output)]
     root = str(Path(__file__).parents[1])
     cache = "off" if method == "qlx first" else str(output.parent / "cache")
@@ -226,6 +269,8 @@ def _run(method: str, made: dict[str, Any], output: Path, extra: list[str]) -> d
 
 
 def _copy(base: Path, output: Path, *, sync: bool) -> dict[str, Any]:
+    shutil.copytree(base, f"{output}.scratch")
+    shutil.rmtree(f"{output}.scratch")
     start = time.perf_counter()
     child = os.posix_spawnp("cp", ["cp", "-r", str(base), str(output)], os.environ)
     usage = os.wait4(child, 0)[2]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -264,3 +265,69 @@ def test_threads_take_tensors_of_different_files():
     assert queue.take(second).name == "small 0"
     assert queue.take(None).name == "large 0"  # no file is free: it goes on all the same
     assert queue.take(None) is None
+
+
+@pytest.fixture(scope="module")
+def plain(bases, tmp_path_factory):
+    """An adapter on the base as it is, whose changed tensors are read by rows."""
+    return make_adapter(bases[0], tmp_path_factory.mktemp("plain") / "adapter", Case())
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_rows_are_hashed_as_they_are_merged(tmp_path, bases, base, plain, monkeypatch, dtype):
+    plan, hashed, real = planned(base, plain, dtype), [], engine._hash
+
+    def noted(source, span, *others):
+        hashed.append(span)
+        return real(source, span, *others)
+
+    monkeypatch.setattr(engine, "_hash", noted)
+    monkeypatch.setattr("qlx.merging.blocks.BLOCK", 640)  # a tensor takes several
+    assert write_merge(plan, tmp_path).fingerprint == fingerprint_directory(base)
+    read = {name for name in plan.weights if dtype is None and name not in plan.changes}
+    places = [plan.weights[name] for name in read]
+    assert sorted(hashed) == sorted((info.begin, info.end) for info in places)
+
+
+def test_one_bit_of_a_changed_tensor_is_another_base(tmp_path, bases, plain):
+    base = shutil.copytree(bases[0], tmp_path / "base")
+    plan = planned(base, plain)
+    last = plan.weights[sorted(plan.changes)[-1]]
+    with open(base / "model.safetensors", "r+b") as file:
+        file.seek(last.end - 1)
+        byte = file.read(1)[0]
+        file.seek(last.end - 1)
+        file.write(bytes([byte ^ 1]))
+    (tmp_path / "merged").mkdir()
+    found = write_merge(plan, tmp_path / "merged").fingerprint
+    assert found != fingerprint_directory(bases[0])
+    assert found == fingerprint_directory(base)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_tensor_that_did_not_pass_by_whole_is_read_for_its_hash(
+    tmp_path, bases, plain, monkeypatch, told
+):
+    """Nothing of it, or its first block twice."""
+    first, real = engine._Sum.__call__, engine.merged_blocks
+    monkeypatch.setattr("qlx.merging.blocks.BLOCK", 640)
+
+    def partly(plan, change, *others):
+        *others, seen = others
+        few = None if seen is None or not told else lambda at, rows: at or first(seen, at, rows)
+        return real(plan, change, *others, few)
+
+    monkeypatch.setattr(engine, "merged_blocks", partly)
+    plan = planned(bases[0], plain)
+    assert write_merge(plan, tmp_path).fingerprint == fingerprint_directory(bases[0])
+
+
+def test_a_merge_onto_another_file_system_has_the_same_bytes(tmp_path, bases, plain):
+    plan = planned(bases[1], plain)
+    write_merge(plan, tmp_path)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        if os.stat(memory).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("/dev/shm is no file system of its own")
+        write_merge(plan, Path(memory))
+        for path in tmp_path.iterdir():
+            assert (Path(memory) / path.name).read_bytes() == path.read_bytes()
