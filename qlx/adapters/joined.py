@@ -79,15 +79,17 @@ def _cast_factors(model: nn.Module, _: Any, *, layers: list[Any]) -> None:
     """Before a forward pass in training, give all layers their factors in autocast's dtype, where that is another."""
     for layer in layers:
         layer.cast = None
-    device = next(model.parameters()).device.type
-    if not model.training or not torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+    if not model.training or torch.compiler.is_compiling():
         return
     adapted = [(layer, name) for layer in layers if (name := _adapter_that_trains(layer))]
     factors = [
         part[name].weight for layer, name in adapted for part in (layer.lora_A, layer.lora_B)
     ]
+    device = factors[0].device.type if factors else "meta"  # the base's weights may be elsewhere
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return
     dtype = torch.get_autocast_dtype(device)
-    if factors and all(type(one) is nn.Parameter and one.dtype != dtype for one in factors):
+    if all(type(one) is nn.Parameter and one.dtype != dtype for one in factors):
         apply: Callable[..., tuple[Tensor, ...]] = _Cast.apply
         cast = iter(apply([layer for layer, _ in adapted], dtype, *factors))
         for layer, _ in adapted:

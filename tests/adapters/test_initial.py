@@ -244,7 +244,7 @@ def test_what_cannot_begin_so_is_refused_with_its_reason():
         ):
             attach_adapter(Embedded(), section(**options), original=lambda name: None)
     with pytest.raises(Unsupported, match=r"rank: 65 is more than the 64 directions .* 'up'"):
-        attach_adapter(net(), section(rank=65, init_lora_weights="pissa"))
+        attach_adapter(net(), section(rank_pattern={"up": 65}, init_lora_weights="pissa"))
     with pytest.raises(Unsupported, match="no adapted module is quantized"):
         attach_adapter(net(), section(init_lora_weights="loftq"), original=lambda name: None)
 
