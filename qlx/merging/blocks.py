@@ -28,9 +28,6 @@ BLOCK = 2**18
 
 Rows = Callable[[slice], Tensor]
 
-Seen = Callable[[int, Tensor], None]
-"""Is told the first row and the values, as stored, of each block of the base that is read."""
-
 
 @dataclass
 class Tally:
@@ -77,19 +74,17 @@ def merged_blocks(
     tally: Tally | None = None,
     codes: Callable[[str, PackedTensor], None] | None = None,
     moved: Callable[[str, PackedTensor], None] | None = None,
-    seen: Seen | None = None,
 ) -> Iterator[Tensor]:
     """The tensor to write, in its final dtype, as consecutive blocks of rows.
 
     `tally` counts what rounding costs. `codes` is told the name and codes of a tensor that goes
-    through the codec of training, `moved` those that an exact adapter makes of them, and `seen`
-    the rows that are read of the base as they are, perhaps twice.
+    through the codec of training, `moved` those that an exact adapter makes of them.
     """
     if change.exact is not None:
         yield from _exact_blocks(plan, change, tally, codes, moved)
         return
-    base, unit = _base_rows(plan, change, codes, seen)
-    compared = _compared_with(plan, change, base, seen)
+    base, unit = _base_rows(plan, change, codes)
+    compared = _compared_with(plan, change, base)
     for rows in _cuts(change, unit):
         before = base(rows)
         after = _updated(before, change, rows)
@@ -161,10 +156,7 @@ def _cuts(change: Change, unit: int) -> Iterator[slice]:
 
 
 def _base_rows(
-    plan: MergePlan,
-    change: Change,
-    codes: Callable[[str, PackedTensor], None] | None,
-    seen: Seen | None = None,
+    plan: MergePlan, change: Change, codes: Callable[[str, PackedTensor], None] | None
 ) -> tuple[Rows, int]:
     """The fp32 rows that a delta is added to, and the number that must be asked for together.
 
@@ -183,20 +175,18 @@ def _base_rows(
         stored = weights.packed(name)
         return lambda rows: packed_rows(stored, rows).values(), value_unit(stored)
     dtype = stored_dtype(spec) if change.as_trained else torch.float32
-    return lambda rows: _known_rows(weights, name, rows, seen).to(dtype).float(), 1
+    return lambda rows: _known_rows(weights, name, rows).to(dtype).float(), 1
 
 
-def _known_rows(weights: WeightSet, name: str, rows: slice, seen: Seen | None) -> Tensor:
+def _known_rows(weights: WeightSet, name: str, rows: slice) -> Tensor:
     """Rows of a tensor; those of new tokens, which lie behind its end, are zero until they are replaced."""
     count = (weights[name].shape or (1,))[0]
     known = read_rows(weights, name, slice(min(rows.start, count), min(rows.stop, count)))
-    if seen is not None:
-        seen(rows.start, known)
     missing = rows.stop - rows.start - len(known)
     return torch.cat([known, known.new_zeros(missing, *known.shape[1:])]) if missing else known
 
 
-def _compared_with(plan: MergePlan, change: Change, base: Rows, seen: Seen | None) -> Rows | None:
+def _compared_with(plan: MergePlan, change: Change, base: Rows) -> Rows | None:
     """The fp32 rows that a tensor's delta is measured from; None where nothing was trained."""
     if not change.adapted:
         return None
@@ -205,7 +195,7 @@ def _compared_with(plan: MergePlan, change: Change, base: Rows, seen: Seen | Non
     info = plan.weights.get(change.source)
     if info is None or info.shape != change.shape:  # a new head
         return lambda rows: torch.zeros_like(base(rows))
-    return _base_rows(plan, replace(change, value=None, as_trained=False), None, seen)[0]
+    return _base_rows(plan, replace(change, value=None, as_trained=False), None)[0]
 
 
 def _updated(before: Tensor, change: Change, rows: slice) -> Tensor:

@@ -45,8 +45,8 @@ from qlx.weights import INDEX_FILE, SINGLE_FILE, TensorInfo, lay_out, read_into
 
 __all__ = ["CHUNK", "Written", "cores", "target_files", "write_merge"]
 
-CHUNK = 2**18
-"""Bytes that are hashed and copied at a time; they stay in a core's own cache in between."""
+CHUNK = 2**20
+"""Bytes that are hashed and copied at a time; they stay in the processor's cache in between."""
 
 GATHERED = 2 * 2**20
 """Bytes of merged blocks that are written at a time: a file's writers wait for each other."""
@@ -266,27 +266,6 @@ class _Item:
         return max(side[1].nbytes for side in (self.source, self.target) if side is not None)
 
 
-class _Sum:
-    """The hash of a base's tensor from the rows that a merge reads of it, so that they are read once."""
-
-    def __init__(self, item: _Item) -> None:
-        info = None if item.source is None else item.source[1]
-        own = item.change is not None and item.change.source == item.name
-        self._rows = (info.shape or (1,))[0] if info is not None and own else None
-        self._next = 0
-        self._sha256 = hashlib.sha256()
-
-    def __call__(self, start: int, rows: Tensor) -> None:
-        """Count rows in, in their order and each once."""
-        if start == self._next:
-            self._sha256.update(bytes_of(rows))
-            self._next += len(rows)
-
-    def digest(self) -> str | None:
-        """Hex SHA-256 of the tensor's bytes; None where not all of them passed by."""
-        return self._sha256.hexdigest() if self._next and self._next == self._rows else None
-
-
 class _Queue:
     """What is left to do, handed out so that as few threads as possible write to one file.
 
@@ -373,20 +352,16 @@ class _Job:
 
     def run(self, item: _Item) -> None:
         """Hash the base's bytes and write the result's."""
-        sums = _Sum(item)
-        if item.change is not None and item.target is not None:
-            self._replace(item.change, *item.target, None if self._is_known(item) else sums)
         if item.source is not None:
-            self._read(item, *item.source, sums.digest())
+            self._read(item, *item.source)
+        if item.change is not None and item.target is not None:
+            self._replace(item.change, *item.target)
         if item.name in self.coded - self.codes.keys():
             spec = self.plan.spec
             self._note_codes(item.name, codes_as_trained(self.plan.weights, spec, item.name))
 
-    def _is_known(self, item: _Item) -> bool:
-        return item.source is not None and item.name in self.base[item.source[0]].known
-
-    def _read(self, item: _Item, path: Path, info: TensorInfo, digest: str | None) -> None:
-        """Hash a tensor of the base, unless that is known or was done while merging, and copy it where it stays."""
+    def _read(self, item: _Item, path: Path, info: TensorInfo) -> None:
+        """Hash a tensor of the base, unless that is known, and copy it where it stays as it is."""
         copy = item.target if item.change is None else None
         span, base = (info.begin, info.end), self.base[path]
         with open(path, "rb", buffering=0) as file:
@@ -397,7 +372,7 @@ class _Job:
                     to = copy[1].begin + at - info.begin
                     copy_range(file.fileno(), copy[0].descriptor, at, to, size)
 
-            found = base.known.get(item.name, digest)
+            found = base.known.get(item.name)
             if found is None:
                 found = _hash(file.fileno(), span, self._buffer(), each, str(path))
             elif copy is not None:
@@ -408,11 +383,9 @@ class _Job:
         if copy is not None:
             copy[0].hashes[item.name] = found
 
-    def _replace(
-        self, change: Change, target: _Target, place: TensorInfo, seen: "_Sum | None"
-    ) -> None:
+    def _replace(self, change: Change, target: _Target, place: TensorInfo) -> None:
         tally, at, sha256 = tally_of(change), place.begin, hashlib.sha256()
-        blocks = merged_blocks(self.plan, change, tally, self._note_codes, self._note_moved, seen)
+        blocks = merged_blocks(self.plan, change, tally, self._note_codes, self._note_moved)
         for batch in gathered((bytes_of(block.contiguous()) for block in blocks), GATHERED):
             self._go_on()
             for data in batch:

@@ -273,22 +273,6 @@ def plain(bases, tmp_path_factory):
     return make_adapter(bases[0], tmp_path_factory.mktemp("plain") / "adapter", Case())
 
 
-@pytest.mark.parametrize("dtype", [None, "float32"])
-def test_rows_are_hashed_as_they_are_merged(tmp_path, bases, base, plain, monkeypatch, dtype):
-    plan, hashed, real = planned(base, plain, dtype), [], engine._hash
-
-    def noted(source, span, *others):
-        hashed.append(span)
-        return real(source, span, *others)
-
-    monkeypatch.setattr(engine, "_hash", noted)
-    monkeypatch.setattr("qlx.merging.blocks.BLOCK", 640)  # a tensor takes several
-    assert write_merge(plan, tmp_path).fingerprint == fingerprint_directory(base)
-    read = {name for name in plan.weights if dtype is None and name not in plan.changes}
-    places = [plan.weights[name] for name in read]
-    assert sorted(hashed) == sorted((info.begin, info.end) for info in places)
-
-
 def test_one_bit_of_a_changed_tensor_is_another_base(tmp_path, bases, plain):
     base = shutil.copytree(bases[0], tmp_path / "base")
     plan = planned(base, plain)
@@ -302,24 +286,6 @@ def test_one_bit_of_a_changed_tensor_is_another_base(tmp_path, bases, plain):
     found = write_merge(plan, tmp_path / "merged").fingerprint
     assert found != fingerprint_directory(bases[0])
     assert found == fingerprint_directory(base)
-
-
-@pytest.mark.parametrize("told", [0, 1])
-def test_a_tensor_that_did_not_pass_by_whole_is_read_for_its_hash(
-    tmp_path, bases, plain, monkeypatch, told
-):
-    """Nothing of it, or its first block twice."""
-    first, real = engine._Sum.__call__, engine.merged_blocks
-    monkeypatch.setattr("qlx.merging.blocks.BLOCK", 640)
-
-    def partly(plan, change, *others):
-        *others, seen = others
-        few = None if seen is None or not told else lambda at, rows: at or first(seen, at, rows)
-        return real(plan, change, *others, few)
-
-    monkeypatch.setattr(engine, "merged_blocks", partly)
-    plan = planned(bases[0], plain)
-    assert write_merge(plan, tmp_path).fingerprint == fingerprint_directory(bases[0])
 
 
 def test_a_merge_onto_another_file_system_has_the_same_bytes(tmp_path, bases, plain):
