@@ -15,6 +15,7 @@ standard output, everything to benchmarks/output/generation.json.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -372,10 +373,19 @@ def main() -> None:
         "--only-make", action="store_true", help="make the models of --room, measure nothing"
     )
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--huge-pages",
+        action="store_true",
+        help="ask Linux for pages of 2 MB in every contender's process",
+    )
     given = parser.parse_args()
     if given.one:
         print(json.dumps(ENGINES[given.one[0]](given.one[1])))
         return
+    if given.huge_pages:
+        os.environ["GLIBC_TUNABLES"] = (
+            "glibc.malloc.hugetlb=1"  # the contenders' processes inherit it
+        )
     with tempfile.TemporaryDirectory() as temporary:
         room = given.room or Path(temporary)
         room.mkdir(parents=True, exist_ok=True)
