@@ -158,9 +158,8 @@ class ExactLinear(nn.Module):
         inner = shape[1] if folded and shape else self.in_features
         a = torch.empty(rank, inner, dtype=torch.float32)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as PEFT's LoRA begins
-        a *= math.sqrt(
-            inner / self.in_features
-        )  # of a fold, too, so that its learning rates are LoRA's
+        # a fold's is as wide as LoRA's, too, so that the same learning rates fit
+        a *= math.sqrt(inner / self.in_features)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
         learns = learned_scales and shape is not None

@@ -6,8 +6,8 @@ larger of two peaks: the logits (c_V V T B bytes: bf16 logits, their fp32 copy a
 one layer recomputed (2 T B (8 h + 3 f)). c_V = 8 and the runtime's constant are fitted to the 24
 QLoRA measurements published with Qwen 1.8B to 72B; docs/memory.md shows them beside this model.
 Without checkpointing a gated layer keeps 2 T B (12 h + 4 f), on a GPU whose LoRA products are joined
-2 T B (8.5 h + 4 f), a plain one 2 T B (8 h + 2 f). A loss
-that never builds the logits needs a tile of them, and the gradient of the last hidden states in fp32.
+2 T B (8.5 h + 4 f), a plain one 2 T B (8 h + 2 f). A loss that never builds the logits needs a tile of
+them, and the gradient of the last hidden states in fp32.
 """
 
 from dataclasses import dataclass, field, fields, replace

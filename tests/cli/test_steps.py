@@ -394,6 +394,13 @@ def test_one_base_with_two_adapters(digits_base, digits_run, digits_second, tmp_
     assert "reference of second" in out
 
 
+@pytest.mark.parametrize("budget", ["nan", "inf"])
+def test_a_budget_that_is_no_number_is_a_usage_error(digits_run, tmp_path, budget):
+    options = ("--to", "int4", "--heal", "--max-bytes-per-weight", budget)
+    code, _, err = call("pack", digits_run, *options, "-o", tmp_path / "out")
+    assert (code, "is no number of bytes" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

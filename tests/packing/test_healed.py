@@ -366,6 +366,9 @@ def test_data_that_do_not_fit_are_refused(tmp_path, runs, recipes):
         calibration_data(run, run.path, recipes["python"], 0, 1)
     with pytest.raises(InputRefused, match="no such directory"):
         calibration_data(run, run.path, tmp_path / "nowhere", 0, 1)
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(Mismatch, match=r"texts, and .* for image-classification"):
+        calibration_data(run, run.path, tmp_path / "texts.jsonl", 0, 1)
     with pytest.raises(UsageError, match="not for gguf"):
         pack(runs["python"][0], tmp_path / "p", to="gguf", healing=Healing())
 
