@@ -10,7 +10,7 @@ from torch import nn
 
 from qlx.errors import CheckFailed
 from qlx.exporting import passes
-from qlx.exporting.joined import join_products
+from qlx.exporting.same_inputs import join_same_inputs
 from qlx.exporting.trace import trace
 from qlx.runtime.session import DATA_FILE, GRAPH_FILE
 
@@ -55,7 +55,7 @@ def build_graph(
     passes.rename_initializers(graph, _renamed(graph, prefixes or {}))
     passes.transpose_weights(graph)
     if task == "causal-lm":
-        join_products(graph)
+        join_same_inputs(graph)
     passes.name_interface(graph)
     if swappable:
         passes.declare_adapters(graph)

@@ -49,7 +49,7 @@ def packed(tmp_path_factory):
 def exported(checkpoint, target, monkeypatch, *, joined=True, level=4):
     with monkeypatch.context() as patches:
         if not joined:
-            patches.setattr("qlx.exporting.graph.join_products", lambda graph: None)
+            patches.setattr("qlx.exporting.graph.join_same_inputs", lambda graph: None)
         return export_onnx(checkpoint, target, accuracy_level=level)
 
 

@@ -13,13 +13,13 @@ import onnx_ir as ir
 
 from qlx.verification.graph import joined_name
 
-__all__ = ["join_products"]
+__all__ = ["join_same_inputs"]
 
 _FAST = 4
 _ALIKE = ("K", "bits", "block_size", "accuracy_level")
 
 
-def join_products(model: ir.Model) -> None:
+def join_same_inputs(model: ir.Model) -> None:
     """Replace products of packed integers that have the same inputs by one product and a Split.
 
     Requires: final names of initializers (`<parent>.<leaf>.weight_codes` and so on).
