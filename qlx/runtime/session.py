@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
 from qlx.runtime.adapters import Adapters
 from qlx.runtime.devices import Device, need_device, providers_of, ran_on
 from qlx.runtime.graph_guard import check_graph
+from qlx.runtime.pages import in_huge_pages
 
 __all__ = [
     "DATA_FILE",
@@ -85,7 +87,8 @@ def open_model(
     """Open an ONNX checkpoint.
 
     Every file's digest is checked and the graph inspected before onnxruntime reads a byte. The
-    session is deterministic: sequential execution, deterministic kernels, a fixed thread count.
+    session is deterministic: sequential execution, deterministic kernels, a fixed thread count. A language
+    model's weights are moved to huge pages (`in_huge_pages`), because each token reads all of them.
 
     Args:
         directory: a checkpoint of kind `onnx`.
@@ -114,7 +117,9 @@ def open_model(
         raise CorruptCheckpoint(f"{graph}: changed while it was being opened")
     sizes = {name: entry.size for name, entry in manifest.files.items()}
     facts = check_graph(data, str(graph), sizes)
-    session = _session(data, graph, session_options(threads), device)
+    often_read = manifest.task == "causal-lm" and device == "cpu"
+    with in_huge_pages() if often_read else nullcontext():
+        session = _session(data, graph, session_options(threads), device)
     return OnnxModel(checkpoint, session, device, FUSED_ATTENTION in facts.operators)
 
 
