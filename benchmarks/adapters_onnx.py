@@ -3,12 +3,12 @@
     python benchmarks/adapters_onnx.py                     # several minutes, 4 GB of disk, 8 GB of memory
     python benchmarks/adapters_onnx.py --quick             # a small model: seconds, to see that it runs
 
-A ViT of 22 M parameters and a Llama of 0.3 B with random weights, in int4 and fp32, and adapters of rank 16
-on every linear layer, one of them of rank 8 on two. All graphs run in one process, on one thread, in turns: the
-medians of each one's processor time, and of its quotient to the plain graph's in the same turn, so that other
-work on the machine matters little. `bank` is the other way to mix a
-batch: all adapters in one tensor per input, and a Gather by row inside the graph. Distances are those of each
-row to the same row of its adapter alone. The tables go to standard output, everything to
+A ViT of 22 M parameters and a Llama of 0.3 B with random weights, in int4 (accuracy levels 0 and 4) and fp32, the
+Llama with fused attention, and adapters of rank 16 on every linear layer, one of them of rank 8 on two. All graphs
+run in one process, on one thread, in turns: the medians of each one's processor time, and of its quotient to the
+plain graph's in the same turn, so that other work on the machine matters little. `bank` is the other way to mix a
+batch: all adapters in one tensor per input, and a Gather by row inside the graph. Distances are those of each row to
+the same row of its adapter alone. The tables go to standard output, everything to
 benchmarks/output/adapters_onnx.json.
 """
 
@@ -29,6 +29,7 @@ from torch import nn
 
 from qlx.checkpoint import QuantSpec
 from qlx.exporting import build_graph, write_graph
+from qlx.exporting.fused import can_fuse
 from qlx.exporting.separate import make_swappable
 from qlx.exporting.updates import Update, write_adapter_file
 from qlx.quant import packed_linears, quantize_model
@@ -39,6 +40,12 @@ PAST, PROMPT, ROWS, RANK = 128, 32, 4, 16
 NAMES = ("one", "two", "small")
 INT4 = QuantSpec(method="qlora", weight_bits=4, scheme="int4", group_size=64, backend="qlx")
 PLACE = frozenset({"lora_A", "lora_B"})
+PRECISIONS: dict[str, tuple[QuantSpec | None, int]] = {
+    "int4": (INT4, 0),
+    "int4 at level 4": (INT4, 4),
+    "fp32": (None, 0),
+}
+"""What weights are stored in, and the accuracy level of their products."""
 Feeds = dict[str, ort.OrtValue]
 
 
@@ -68,9 +75,9 @@ def vit(quick: bool) -> nn.Module:
 MODELS = {"causal-lm": llama, "image-classification": vit}
 
 
-def write_graphs(folder: Path, task: str, quant: QuantSpec | None, quick: bool) -> dict[str, int]:
+def write_graphs(folder: Path, task: str, precision: str, quick: bool) -> dict[str, int]:
     """The plain graph, the swappable one and the bank in `folder`; the adapters' sizes in bytes."""
-    torch.manual_seed(0)
+    quant, level = PRECISIONS[precision]
     for kind in ("plain", "swappable"):
         torch.manual_seed(0)
         model = MODELS[task](quick)
@@ -80,9 +87,11 @@ def write_graphs(folder: Path, task: str, quant: QuantSpec | None, quick: bool) 
         prefixes = (
             make_swappable(model, dict.fromkeys(layers, PLACE)) if kind == "swappable" else {}
         )
-        packed_linears(model)
+        packed_linears(model, accuracy_level=level)
         (folder / kind).mkdir()
-        graph = build_graph(model, task, prefixes=prefixes, swappable=kind == "swappable")
+        swappable = kind == "swappable"
+        fuse = can_fuse(model, task)
+        graph = build_graph(model, task, prefixes=prefixes, swappable=swappable, fuse=fuse)
         write_graph(graph, folder / kind, task)
     write_bank(folder)
     for name in NAMES:
@@ -251,9 +260,9 @@ class Subject:
         return {name: 1e3 * statistics.median(times) for name, times in named.items()}
 
 
-def measure(folder: Path, task: str, quant: QuantSpec | None, args: argparse.Namespace) -> Any:
+def measure(folder: Path, task: str, precision: str, args: argparse.Namespace) -> Any:
     """All figures of one model in one precision."""
-    sizes = write_graphs(folder, task, quant, args.quick)
+    sizes = write_graphs(folder, task, precision, args.quick)
     subject = Subject(folder, task)
     plain = subject.sessions["plain"]
     if task == "causal-lm":
@@ -301,16 +310,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small model")
     parser.add_argument("--turns", type=int, default=9, help="how often each is run")
-    parser.add_argument("--only", metavar="NAME", help="one of the four, such as 'ViT-S, fp32'")
+    parser.add_argument("--only", metavar="NAME", help="one of them, such as 'ViT-S, fp32'")
     args = parser.parse_args()
     results: dict[str, Any] = {}
     for task, named in (("image-classification", "ViT-S"), ("causal-lm", "Llama 0.3 B")):
-        for quant in (INT4, None):
-            name = f"{named}, {'fp32' if quant is None else quant.scheme}"
+        for precision in PRECISIONS:
+            name = f"{named}, {precision}"
             if args.only not in (None, name):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                results[name] = measure(Path(folder), task, quant, args)
+                results[name] = measure(Path(folder), task, precision, args)
             print("\n".join(table(name, results[name])), flush=True)
     target = Path(__file__).parent / "output" / "adapters_onnx.json"
     target.parent.mkdir(exist_ok=True)

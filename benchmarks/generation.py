@@ -197,10 +197,8 @@ def cases_of(name: str, merged: Path, room: Path, llama: bool) -> list[Case]:
         packed_of(merged, packed, to=to, group_size=GROUP)
         exported(packed, onnx)
         made += [(f"{to}, qlx.runtime", "qlx", onnx), (f"{to}, genai", "genai", onnx)]
-        if llama:
-            file = room / f"{name}-{kind}"
-            packed_of(merged, file, to="gguf", gguf_type=kind)
-            made.append((f"{kind}, llama.cpp", "llama.cpp", file / "model.gguf"))
+        if llama and (file := gguf_of(merged, room / f"{name}-{kind}", kind)):
+            made.append((f"{kind}, llama.cpp", "llama.cpp", file))
     generic = room / f"{name}-int4-generic"
     exported(room / f"{name}-int4", generic, fuse=False)
     made.append(("int4, generic attention, qlx.runtime", "qlx", generic))
@@ -209,6 +207,18 @@ def cases_of(name: str, merged: Path, room: Path, llama: bool) -> list[Case]:
         build(merged, built)
     made.append(("genai's own int4, groups of 32", "genai", built))
     return made
+
+
+def gguf_of(merged: Path, target: Path, kind: str) -> Path | None:
+    """The file of a type of llama.cpp's, if the model's layers are wide enough for its blocks."""
+    from qlx.errors import Unsupported
+
+    try:
+        packed_of(merged, target, to="gguf", gguf_type=kind)
+    except Unsupported as error:
+        print(f"no {kind}: {error}", file=sys.stderr)
+        return None
+    return target / "model.gguf"
 
 
 def packed_of(merged: Path, target: Path, **options: Any) -> None:

@@ -321,13 +321,17 @@ def test_plain_transformers_gives_the_outputs_of_healed_and_promoted_models(prom
         ("ternary", 32, 0.3, "takes 0.375 already"),
     ],
 )
-def test_budgets_that_cannot_be_kept_are_refused(
+def test_budgets_that_cannot_be_kept_are_refused_before_anything_is_calibrated(
     tmp_path, runs, recipes, to, group, budget, message
 ):
     run, base = runs["python"]
-    healing = Healing(recipes["python"], max_bytes_per_weight=budget)
+    healing, lines = Healing(recipes["python"], max_bytes_per_weight=budget), []
     with pytest.raises(UsageError, match=message):
-        pack(run, tmp_path / "p", to=to, group_size=group, base=base, healing=healing)
+        pack(
+            run, tmp_path / "p", to=to, group_size=group, base=base, healing=healing,
+            report=lines.append,
+        )  # fmt: skip
+    assert not any("healing by" in line for line in lines)
     assert not os.listdir(tmp_path)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from qlx.checkpoint import Checkpoint, QuantSpec
-from qlx.errors import CheckFailed, UsageError
+from qlx.errors import CheckFailed
 from qlx.models import model_config
 from qlx.packing.healing.blocks import LayeredModel
 from qlx.packing.healing.compensate import output_retention
 from qlx.packing.healing.data import Calibration, calibration_data
 from qlx.packing.healing.passes import Seen, Stream, compensate_stack
-from qlx.packing.healing.promote import LADDER, Need, need_of, promote
+from qlx.packing.healing.promote import Need, need_of, promote, require_budget
 from qlx.packing.healing.tune import PackedLayer, Rows, tune
 from qlx.packing.select import Selection
 from qlx.packing.source import Weights
@@ -80,11 +80,8 @@ def heal(
         UsageError: more bytes are allowed where no scheme takes more bits, or too few.
     """
     budget = healing.max_bytes_per_weight
-    if budget is not None and (spec.scheme not in LADDER or spec.backend != "compressed-tensors"):
-        raise UsageError(
-            f"--max-bytes-per-weight: {spec.scheme} has no layout in which layers differ in bits; "
-            f"{' and '.join(LADDER)} in groups have"
-        )
+    if budget is not None:
+        require_budget((weights.shape(name) for name in selection.tensors.values()), spec, budget)
     task = checkpoint.manifest.task
     classes = int(getattr(model_config(companions, task), "vocab_size", None) or 1)
     data = calibration_data(checkpoint, companions, healing.calibration, healing.seed, classes)

@@ -4,16 +4,18 @@ A layer's need is how much of the adapter's effect on its outputs is lost (`outp
 that get the same inputs go together: vLLM computes them as one, which has one scheme.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from qlx.checkpoint import QuantSpec
 from qlx.errors import UsageError
 from qlx.packing.healing.compensate import compensated, output_retention
 from qlx.packing.healing.passes import Seen
-from qlx.quant import PackedTensor
+from qlx.quant import PackedTensor, quantize_tensor
 
-__all__ = ["LADDER", "Need", "need_of", "promote"]
+__all__ = ["LADDER", "Need", "need_of", "promote", "require_budget"]
 
 LADDER: Mapping[str, tuple[str, ...]] = {
     "ternary": ("ternary", "int4", "int8"),
@@ -31,6 +33,28 @@ class Need:
     retention: tuple[float, ...]
     nbytes: tuple[int, ...]
     count: int
+
+
+def require_budget(shapes: Iterable[tuple[int, ...]], spec: QuantSpec, budget: float) -> None:
+    """Refuse a budget that is too small for weights of these shapes [out, in] without any promotion.
+
+    Raises:
+        UsageError: there is no layout in which some layers could have more bits, or the budget is too small.
+    """
+    if spec.scheme not in LADDER or spec.backend != "compressed-tensors":
+        raise UsageError(
+            f"--max-bytes-per-weight: {spec.scheme} has no layout in which layers differ in bits; "
+            f"{' and '.join(LADDER)} in groups have"
+        )
+    needed = count = 0
+    for rows, width in shapes:
+        needed += rows * quantize_tensor(torch.zeros(1, width), spec).nbytes
+        count += rows * width
+    if needed > budget * count:
+        raise UsageError(
+            f"--max-bytes-per-weight {budget:g}: {spec.scheme} in these groups takes {needed / count:.4g} "
+            "already; allow more, or take larger groups"
+        )
 
 
 def need_of(seen: Seen, spec: QuantSpec) -> Need:
@@ -59,9 +83,6 @@ def promote(
 
     The group that keeps least climbs one rung at a time, until all keep `gate` or the next step of each
     would take more than `budget` bytes a packed weight on average.
-
-    Raises:
-        UsageError: the budget is less than the bytes without any promotion.
     """
     rungs = LADDER[str(spec.scheme)]
     groups: dict[tuple[str, ...], list[Need]] = {}
@@ -69,11 +90,6 @@ def promote(
         groups.setdefault(need.group, []).append(need)
     total = sum(need.nbytes[0] for need in needs)
     weights = sum(need.count for need in needs)
-    if total > budget * weights:
-        raise UsageError(
-            f"--max-bytes-per-weight {budget:g}: {spec.scheme} in these groups takes {total / weights:.4g} "
-            "already; allow more, or take larger groups"
-        )
     level = dict.fromkeys(groups, 0)
     open_ = set(groups)
     while open_:
