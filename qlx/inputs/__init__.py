@@ -24,6 +24,7 @@ from qlx.inputs.splits import (
     Split,
     TextSplit,
     encode_split,
+    image_files,
     load_split,
     split_digest,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "find_peaks",
     "gaussian_target",
     "image_batches",
+    "image_files",
     "keypoint_batch",
     "keypoint_batches",
     "load_split",

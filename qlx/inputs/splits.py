@@ -204,11 +204,15 @@ def _classes(root: Path) -> tuple[str, ...]:
     return names
 
 
+def image_files(directory: Path) -> list[Path]:
+    """The images that lie in a directory itself, by the ends of their names, sorted."""
+    return sorted(file for file in directory.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+
+
 def _folder(root: Path, classes: tuple[str, ...]) -> ImageSplit:
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = sorted((root / name).iterdir()) if (root / name).is_dir() else []
-        files = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
+        files = image_files(root / name) if (root / name).is_dir() else []
         if not files:
             raise InputRefused(f"{root / name}: no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
         paths += files

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -347,9 +348,13 @@ def test_calibration_reads_recipes_texts_images_and_the_probe(tmp_path, runs, re
         for at in range(5):
             pixels = np.full((16, 16, 3), 20 * at, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / kind / f"{at}.png")
+    unsorted = tmp_path / "unsorted"
+    shutil.copytree(tmp_path / "images" / "a", unsorted)
+    (unsorted / "notes.txt").write_text("no image")
     cases = [
         ("python", None, (5, 1)), ("python", recipes["python"], (72, 24)), ("python", texts, (7, 2)),
         ("digits", None, (6, 2)), ("digits", tmp_path / "images", (7, 2)),
+        ("digits", unsorted, (4, 1)),
     ]  # fmt: skip
     for kind, file, counts in cases:
         run = open_checkpoint(runs[kind][0])

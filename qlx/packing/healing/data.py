@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qlx.checkpoint import Checkpoint, Task, read_probe
 from qlx.errors import InputRefused, Mismatch
-from qlx.inputs import Batch, eval_batches
+from qlx.inputs import Batch, ImagePreprocessor, eval_batches, image_files
 from qlx.recipe import DataSection, load_recipe
 from qlx.verification import recorded_data
 
@@ -77,6 +77,9 @@ def calibration_data(
     base: NDArray[Any] | None = None
     if file is None:
         rows, base = _probe_rows(checkpoint)
+    elif unsorted := _unsorted_images(checkpoint, file):
+        prepare = ImagePreprocessor.from_directory(directory)
+        rows = [{"pixel_values": prepare([image])} for image in unsorted]
     else:
         rows = _data_rows(_section(checkpoint, file), checkpoint, directory)
     if len(rows) < 2:
@@ -128,6 +131,15 @@ def _section(checkpoint: Checkpoint, file: Path) -> DataSection:
         )
     known = {name: getattr(found, name) for name in fields} if (found := _known(checkpoint)) else {}
     return DataSection.model_validate({"source": source, "path": str(file)} | known)
+
+
+def _unsorted_images(checkpoint: Checkpoint, directory: Path) -> list[Path]:
+    """Images that lie in a directory without one for each class, evenly drawn if they are many."""
+    if checkpoint.manifest.task != "image-classification" or not directory.is_dir():
+        return []
+    found = image_files(directory)
+    chosen = np.linspace(0, len(found) - 1, min(len(found), _MOST)).astype(int)
+    return [found[at] for at in chosen]
 
 
 def _known(checkpoint: Checkpoint) -> DataSection | None:
