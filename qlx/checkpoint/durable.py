@@ -212,7 +212,12 @@ def _exchange(staging: Path, target: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.qlx-old-", dir=target.parent))
     os.rename(target, aside / target.name)
-    os.rename(staging, target)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        os.rename(aside / target.name, target)
+        aside.rmdir()
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -23,7 +23,8 @@ MAX_DEPTH = 32
 MAX_DIGITS = 100
 """Digits of an integer; Python's own limit is a crash at 4300, and nothing here counts that far."""
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+"""A string, or the rest of the text where it has no end. Possessive, so that no byte is looked at twice."""
 _BRACKETS = re.compile(rb"[\[\]{}]")
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 

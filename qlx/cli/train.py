@@ -104,11 +104,11 @@ def command(
             return launch([*words, *session.flags()], nproc)
         run = train(loaded, target, resume=resume, force=force, shard=shard, report=session.report)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted; {_way_on(target, on)}") from error
+        raise Interrupted(f"interrupted; {_way_on(target, on, nproc)}") from error
     except (InputRefused, UsageError):
         raise
     except Exception:
-        session.report(_way_on(target, on))
+        session.report(_way_on(target, on, nproc))
         raise
     if not this_process().first:
         return None
@@ -145,14 +145,18 @@ def _merge(session: Session, recipe: "Recipe", run: Path, force: bool) -> dict[s
     return render.checkpoint_data(merged)
 
 
-def _way_on(output: Path, words: list[str]) -> str:
-    """What is left of a training that ended early, and the command of `words` that goes on with it."""
+def _way_on(output: Path, words: list[str], nproc: int) -> str:
+    """What is left of a training that ended early, and the command of `words` that goes on with it.
+
+    With `nproc` processes, or as many as this one is among; torchrun on several machines is the user's.
+    """
     from qlx.training import interrupted_at, this_process
 
     found = interrupted_at(output)
     if found is None:
         return "nothing was saved yet (training.save_every), and nothing was left behind"
-    count = this_process().count
+    process = this_process()
+    count = max(nproc, process.count if process.together else 1)
     many = ["--nproc", str(count)] if count > 1 else []
     command = shlex.join(["qlx", *words, *many])
     return f"the state at step {found[1]} is kept in {found[0]}; go on with: {command}"

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from qlx.checkpoint import canonical_json
-from qlx.runtime import GRAPH_FILE, generation_limits
+from qlx.runtime import GENERATION_FILE, GRAPH_FILE, generation_limits
 
-__all__ = ["CONFIG_FILE", "generation_config", "write_generation_config"]
-
-CONFIG_FILE = "genai_config.json"
+__all__ = ["generation_config", "write_generation_config"]
 
 
 def write_generation_config(directory: Path, model: Any, *, fused: bool) -> None:
     """Write the configuration of a transformers causal LM into `directory`; equal models give equal bytes."""
-    (directory / CONFIG_FILE).write_bytes(canonical_json(generation_config(model, fused=fused)))
+    (directory / GENERATION_FILE).write_bytes(canonical_json(generation_config(model, fused=fused)))
 
 
 def generation_config(model: Any, *, fused: bool = False) -> dict[str, Any]:

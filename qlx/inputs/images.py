@@ -122,10 +122,18 @@ class ImagePreprocessor:
         """
         return np.stack([self._stacked(image) for image in images])
 
+    def require_frames(self, count: int) -> None:
+        """Refuse a number of frames that is neither one nor what the model sees at once.
+
+        Raises:
+            InputRefused: another number.
+        """
+        if count not in (1, self.frames):
+            raise InputRefused(f"the model sees {self.frames} frames at once, not {count}")
+
     def _stacked(self, item: Any) -> NDArray[np.float32]:
         given = list(item) if isinstance(item, list | tuple) else [item]
-        if len(given) not in (1, self.frames):
-            raise InputRefused(f"the model sees {self.frames} frames at once, not {len(given)}")
+        self.require_frames(len(given))
         ready = {id(image): self._one(image) for image in given}
         return np.concatenate([ready[id(image)] for image in given * (self.frames // len(given))])
 

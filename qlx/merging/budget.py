@@ -23,6 +23,7 @@ from qlx.merging.coded import CodedWeights
 from qlx.merging.engine import CHUNK, GATHERED, cores
 from qlx.merging.plan import MergePlan
 from qlx.quant import dequantize_tensor, quantize_tensor, row_unit
+from qlx.weights import DTYPE_BYTES
 
 __all__ = ["Estimate", "estimate", "memory_available", "memory_held", "threads_within"]
 
@@ -150,7 +151,7 @@ def estimate(plan: MergePlan, max_ram: int | None = None) -> Estimate:
 
 def _stored_bytes(plan: MergePlan, name: str) -> int:
     shape = plan.changes[name].shape if name in plan.changes else plan.weights[name].shape
-    return prod(shape) * {"F32": 4, "BF16": 2, "F16": 2}.get(plan.dtype_of(name), 8)
+    return prod(shape) * DTYPE_BYTES[plan.dtype_of(name)]
 
 
 def _core_seconds(plan: MergePlan, read: int, copied: int, rewritten: int) -> float:

@@ -14,7 +14,7 @@ __all__ = [
     "copy_companions",
     "float_name",
     "main_dtype",
-    "read_config",
+    "raw_config",
     "write_config",
 ]
 
@@ -45,8 +45,8 @@ def copy_companions(target: Path, *sources: Path) -> None:
                 shutil.copyfile(source / name, target / name)
 
 
-def read_config(directory: Path) -> dict[str, object]:
-    """The `config.json` of a model directory.
+def raw_config(directory: Path) -> dict[str, object]:
+    """The `config.json` of a model directory as it is, to be carried over.
 
     Raises:
         CorruptCheckpoint: it is missing or not an object.

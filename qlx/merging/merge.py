@@ -30,7 +30,7 @@ from qlx.merging.companions import (
     carry_probe,
     copy_companions,
     main_dtype,
-    read_config,
+    raw_config,
     write_config,
 )
 from qlx.merging.engine import Written, write_merge
@@ -127,7 +127,7 @@ def merge(
             if untouched:
                 tell(untouched_text(untouched))
             copy_companions(staging, source.path, adapter.path)
-            write_config(staging, {**read_config(adapter.path), **plan.config}, main_dtype(plan))
+            write_config(staging, {**raw_config(adapter.path), **plan.config}, main_dtype(plan))
             carry_probe(adapter, staging)
             manifest = _manifest(adapter, source, options)
             proofs = proofs_within(plan, max_ram)
@@ -341,7 +341,7 @@ def _plan(
         onto=choose_onto(manifest.quantization, onto, recorded),
         dtype=dtypes[0],
         head_dtype=dtypes[1],
-        config=read_config(source.path),
+        config=raw_config(source.path),
         to_pack=to_pack,
     )
 

@@ -29,7 +29,7 @@ from qlx.checkpoint import (
 )
 from qlx.errors import CheckFailed, CorruptCheckpoint, Mismatch, UnsafeInput, Unsupported, require
 from qlx.merging.change import Change
-from qlx.merging.companions import copy_companions, main_dtype, read_config, write_config
+from qlx.merging.companions import copy_companions, main_dtype, raw_config, write_config
 from qlx.merging.engine import write_merge
 from qlx.merging.plan import FLOATS, MergePlan
 from qlx.merging.proof import advice_for
@@ -110,7 +110,7 @@ def merge_through_peft(
     model = load_base(source.path, task)
     names = tensor_names(model, source.path)
     adapted = _attached(model, directory)
-    targets = _separate(adapted, names, weights, read_config(source.path))
+    targets = _separate(adapted, names, weights, raw_config(source.path))
     report(f"merging {kind} through PEFT in fp32")
     probe = make_probe(adapted, task, synthetic_inputs(task, adapted.config), None, True)
     merged = adapted.merge_and_unload(safe_merge=True)
@@ -122,7 +122,7 @@ def merge_through_peft(
         if untouched:
             report(untouched_text(untouched))
         copy_companions(staging, source.path, directory)
-        write_config(staging, read_config(source.path), main_dtype(plan))
+        write_config(staging, raw_config(source.path), main_dtype(plan))
         write_probe(staging / PROBE_FILE, probe)
         options |= {"through": "peft", "peft_type": kind}
         manifest = _manifest(directory, source, task, kind, options)

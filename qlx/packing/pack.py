@@ -20,7 +20,7 @@ from qlx.checkpoint import (
     open_checkpoint,
 )
 from qlx.errors import Unsupported, UsageError
-from qlx.merging.companions import carry_probe, copy_companions, read_config, write_config
+from qlx.merging.companions import carry_probe, copy_companions, raw_config, write_config
 from qlx.packing.exact import exact_spec_for, packs_exactly, trained_group, trained_zeros
 from qlx.packing.gguf import GGUF_TYPE, gguf_spec, write_gguf
 from qlx.packing.healing import Healed, Healing, heal
@@ -57,6 +57,7 @@ TARGETS: tuple[Target, ...] = ("nf4", "fp4", "int8", "int4", "int2", "ternary", 
 Known = Callable[[str], PackedTensor | None]
 """The codes of a tensor where they are known already: those an exact adapter left, or healed ones."""
 
+_NOT_HEALED = ("gguf", "int2")
 _ADVICE = (
     "keep the adapter separate or merge it without packing, {heal}choose more bits or smaller groups, "
     "train it longer or with a larger rank"
@@ -99,7 +100,7 @@ def pack(
         raise UsageError(
             f"pack --to takes one of {', '.join(TARGETS)} and --min-retention a number from 0 to 1"
         )
-    if to in ("gguf", "int2") and healing is not None:
+    if to in _NOT_HEALED and healing is not None:
         raise UsageError(f"--heal: for --to nf4, fp4, int8, int4 or ternary, not for {to}")
     if picture is not None:
         check_picture(picture)
@@ -139,13 +140,15 @@ def pack(
             draw_retention(layers, healed.retention if healed else {}, min_retention, picture)
         copy_companions(staging, companions)
         promoted = healed.promoted if healed else {}
-        write_config(staging, read_config(companions), dtype, section_of(spec, promoted))
+        write_config(staging, raw_config(companions), dtype, section_of(spec, promoted))
         carry_probe(opened, staging)
         tell("replaying the probe on the packed files")
         done = prove(
             staging,
             _manifest(opened, spec, layers, min_retention, healed),
-            advice=_advice(layers, min_retention, can_heal=healed is None and to != "gguf"),
+            advice=_advice(
+                layers, min_retention, can_heal=healed is None and to not in _NOT_HEALED
+            ),
         )
     return Checkpoint(Path(output), done.manifest, done.digest)
 
@@ -156,7 +159,7 @@ def _unknown(name: str) -> PackedTensor | None:
 
 def _dtype_of(companions: Path) -> str:
     """The dtype of a model's weights, as its configuration calls it."""
-    config = read_config(companions)
+    config = raw_config(companions)
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 

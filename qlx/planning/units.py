@@ -16,15 +16,17 @@ _BYTES = {
     "TIB": 2**40,
 }
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MOST = 2.0**63
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def _parse(text: str, units: dict[str, int], example: str) -> int:
     match = _NUMBER.fullmatch(text)
     factor = units.get(match[2].upper()) if match else None
-    if match is None or factor is None or float(match[1]) == 0:
-        raise UsageError(f"cannot read {text!r} as {example}")
-    return round(float(match[1]) * factor)
+    value = float(match[1]) * factor if match and factor else 0.0
+    if not 0.5 < value < _MOST:
+        raise UsageError(f"cannot read {text[:40]!r} as {example}")
+    return round(value)
 
 
 def parse_bytes(text: str) -> int:

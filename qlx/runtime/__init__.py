@@ -15,6 +15,7 @@ from qlx.runtime.classify import (
 from qlx.runtime.decoder import CausalDecoder, positions
 from qlx.runtime.devices import DEVICES, Device
 from qlx.runtime.generate import (
+    GENERATION_FILE,
     FinishReason,
     Generation,
     TextGenerator,
@@ -35,6 +36,7 @@ __all__ = [
     "ADAPTER_SUFFIX",
     "DATA_FILE",
     "DEVICES",
+    "GENERATION_FILE",
     "GRAPH_FILE",
     "AdapterChoice",
     "Adapters",

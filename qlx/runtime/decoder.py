@@ -19,15 +19,19 @@ __all__ = ["CausalDecoder", "positions"]
 
 Array = NDArray[Any]
 
+_ROOM = 256
+"""Tokens by which the mask's buffer grows at least."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
-def positions(mask: Array) -> Array:
+def positions(mask: Array, before: Array | int = 0) -> Array:
     """Position of every token, int64 [B, T], counting real tokens only; padding gets 0 or repeats one.
 
-    `mask` is [B, T] with 1 for real tokens, padded on either side.
+    `mask` is int64 [B, T] with 1 for real tokens, padded on either side; `before` [B, 1] counts those of
+    earlier calls.
     """
-    return np.maximum(np.cumsum(mask, axis=1, dtype=np.int64) - 1, 0)
+    found: Array = np.maximum(before + mask.cumsum(axis=1) - 1, 0)
+    return found
 
 
 class CausalDecoder:
@@ -49,7 +53,8 @@ class CausalDecoder:
         self, model: OnnxModel, batch: int = 1, adapter: AdapterChoice | ChosenAdapter = None
     ) -> None:
         self._adapter = model.adapters.choose(adapter).for_batch(batch)
-        self._mask = np.zeros((batch, 0), np.int64)
+        self._mask, self._length = np.zeros((batch, 0), np.int64), 0
+        self._real = np.zeros((batch, 1), np.int64)
         layers = _cache_inputs(model)
         self._by_column = model.fused and batch > 1
         kind = SharedCache if model.fused else ReturnedCache
@@ -58,7 +63,7 @@ class CausalDecoder:
     @property
     def length(self) -> int:
         """Number of tokens fed so far, padding included."""
-        return int(self._mask.shape[1])
+        return self._length
 
     def feed(self, tokens: Array, mask: Array | None = None) -> Array:
         """Append tokens [B, T] to the sequence; `mask` [B, T] marks the real ones (None: all).
@@ -76,14 +81,23 @@ class CausalDecoder:
         return np.concatenate(steps, axis=1)
 
     def _feed(self, tokens: Array, fresh: Array) -> Array:
-        self._mask = np.concatenate([self._mask, fresh], axis=1)
         feeds = {
-            "input_ids": tokens,
-            "attention_mask": self._mask,
-            "position_ids": positions(self._mask)[:, -tokens.shape[1] :],
+            "input_ids": np.ascontiguousarray(tokens),
+            "attention_mask": np.ascontiguousarray(self._seen(fresh)),
+            "position_ids": positions(fresh, self._real),
         }
-        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        return self._cache.run(feeds, self._adapter, self.length)
+        self._real = self._real + fresh.sum(axis=1, keepdims=True)
+        return self._cache.run(feeds, self._adapter, self._length)
+
+    def _seen(self, fresh: Array) -> Array:
+        """The mask of everything fed, in a buffer with room: a step of a small model takes no longer than its copy."""
+        start, end = self._length, self._length + fresh.shape[1]
+        if end > self._mask.shape[1]:
+            room = np.zeros((len(fresh), max(end, _ROOM)), np.int64)
+            self._mask = np.concatenate([self._mask, room], axis=1)
+        self._mask[:, start:end] = fresh
+        self._length = end
+        return self._mask[:, :end]
 
 
 def _cache_inputs(model: OnnxModel) -> dict[str, tuple[int, int]]:

@@ -20,6 +20,7 @@ from qlx.runtime.session import OnnxModel, opened
 from qlx.runtime.text import TextStream
 
 __all__ = [
+    "GENERATION_FILE",
     "FinishReason",
     "Generation",
     "TextGenerator",
@@ -180,9 +181,9 @@ class TextModel:
         decoder, sampler = self._start(), Sampler(options, prompt)
         text = TextStream(self.tokenizer, options.stop)
         room = min(options.max_tokens, self.context_length - len(prompt))
-        logits = self._prefill(decoder, prompt)
+        logits = self._prefill(decoder, prompt, cancelled)
         for step in range(1, room + 1):
-            if cancelled():
+            if logits is None or cancelled():
                 yield TextPiece(text.flush(), None, "cancelled")
                 return
             token = sampler.choose(logits)
@@ -196,11 +197,18 @@ class TextModel:
             yield TextPiece(fresh, token)
             logits = decoder.feed(np.array([[token]]))[0, -1]
 
-    def _prefill(self, decoder: TokenDecoder, prompt: list[int]) -> Array:
-        """Logits [vocabulary] after the prompt, fed in chunks that bound the memory of the logits."""
+    def _prefill(
+        self, decoder: TokenDecoder, prompt: list[int], cancelled: Callable[[], bool]
+    ) -> Array | None:
+        """Logits [vocabulary] after the prompt, fed in chunks that bound the memory of the logits.
+
+        None if it was cancelled between two of them.
+        """
         chunk = max(1, _PREFILL_LOGITS // self.tokenizer.get_vocab_size())
         last = np.zeros(0, np.float32)
         for start in range(0, len(prompt), chunk):
+            if start and cancelled():
+                return None
             last = decoder.feed(np.array([prompt[start : start + chunk]]))[0, -1]
         return last
 

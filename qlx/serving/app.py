@@ -217,10 +217,12 @@ class Service:
             return model.stream(prompt, options, stop)
 
         run = Run(self.workers, start)
+        seconds = self.limits.request_seconds
+        end = asyncio.get_running_loop().time() + seconds
         try:
             if body.stream:
                 await self._attended(request, run.begin())
-                return EventStream(run, answer, self.limits.request_seconds)
+                return EventStream(run, answer, seconds, end)
             pieces = await self._attended(request, run.all())
         except BaseException:
             run.cancel()
@@ -314,13 +316,16 @@ class Run:
 
 
 class EventStream(Response):
-    """Server-sent events of a generation that has begun; ends, and frees its slot, when the client leaves."""
+    """Server-sent events of a generation that has begun; ends, and frees its slot, when the client leaves.
+
+    The answer is cut off at `end`, a time of the event loop; `seconds` is what it had from the start.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Run, answer: Answer, seconds: float) -> None:
+    def __init__(self, run: Run, answer: Answer, seconds: float, end: float) -> None:
         super().__init__(None, headers={"x-accel-buffering": "no"})
-        self._run, self._answer, self._seconds = run, answer, seconds
+        self._run, self._answer, self._seconds, self._end = run, answer, seconds, end
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -328,7 +333,7 @@ class EventStream(Response):
         gone.add_done_callback(lambda _: self._run.cancel())
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout_at(self._end):
                 await self._send_all(send)
         except TimeoutError:
             message = f"the answer took longer than {self._seconds:g} seconds and was cut off"
@@ -385,7 +390,12 @@ def _classify(model: ImageModel, data: bytes) -> dict[str, Any]:
 
 
 def _locate(model: KeypointModel, files: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Decode the frames of one clip and find its keypoints; places are in pixels of the last."""
+    """Decode the frames of one clip and find its keypoints; places are in pixels of the last.
+
+    Raises:
+        InputRefused: another number of frames than the model sees, which is told before any is decoded.
+    """
+    model.preprocess.require_frames(len(files))
     (places,) = model.locate([[open_image(_known_format(data)) for data in files]])
     return [
         {"name": one.name, "x": one.x, "y": one.y, "score": one.score, "found": one.found}

@@ -89,8 +89,9 @@ class Guard:
 
 
 def _host(value: str) -> str:
-    """The host name of a Host header, without its port."""
-    return value.rpartition(":")[0] if value.rpartition(":")[2].isdecimal() else value
+    """The host name of a Host header in lower case, without its port."""
+    name, _, port = value.lower().rpartition(":")
+    return name if port.isdecimal() else value.lower()
 
 
 def _marked(send: Send) -> Send:

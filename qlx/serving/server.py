@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import socket
 import sys
@@ -62,10 +63,8 @@ def serve(
     engines: list[Engine] = [*load_engines(path, **rest)]
     for name, item in adapters:
         engines += load_engines(item, name=name, **rest)
-    hosts = LOOPBACK_HOSTS if _is_loopback(host) and key is None else None
-    app = create_app(
-        engines, api_key=key, hosts=None if hosts is None else sorted(hosts), limits=limits
-    )
+    hosts = sorted(LOOPBACK_HOSTS | {host}) if _is_loopback(host) and key is None else None
+    app = create_app(engines, api_key=key, hosts=hosts, limits=limits)
     if key is None and not _is_loopback(host):
         sys.stderr.write(
             f"warning: {host} may be reached from other machines, and no key is asked for\n"
@@ -88,7 +87,10 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -29,10 +29,11 @@ _PATIENCE_SECONDS = (
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of one training."""
+    """This process among those of one training, all of which are on this machine if `together`."""
 
     rank: int = 0
     count: int = 1
+    together: bool = True
 
     @property
     def first(self) -> bool:
@@ -81,7 +82,9 @@ class Process:
 
 def this_process() -> Process:
     """What torchrun's environment says of this process; the only one where it says nothing."""
-    return Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    return Process(rank, count, together=here == count)
 
 
 def join_processes() -> Process:

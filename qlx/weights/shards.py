@@ -15,6 +15,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 _CHUNK = 4 * 2**20
+_MAX_INDEX = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,18 @@ def open_weights(directory: Path) -> WeightSet:
     )
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("a name appears twice")
+    return names
+
+
 def _read_index(path: Path) -> dict[str, str]:
+    if path.stat().st_size > _MAX_INDEX:
+        raise CorruptCheckpoint(f"{path}: larger than {_MAX_INDEX // 2**20} MiB, refused")
     try:
-        mapping = json.loads(path.read_bytes())["weight_map"]
+        mapping = json.loads(path.read_bytes(), object_pairs_hook=_unique)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path}: not a shard index ({error})") from error
     if not isinstance(mapping, dict) or not all(

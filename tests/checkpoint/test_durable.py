@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlx.checkpoint import Manifest, new_checkpoint, open_checkpoint, replace_file, seal
+from qlx.checkpoint import Manifest, durable, new_checkpoint, open_checkpoint, replace_file, seal
 from qlx.errors import CorruptCheckpoint, NoRoom, UsageError
 
 
@@ -189,3 +189,29 @@ def test_a_file_is_written_through_links_and_into_devices(tmp_path: Path) -> Non
     assert (tmp_path / "real").read_bytes() == b"new"
     replace_file(Path(os.devnull), b"new")
     assert Path(os.devnull).is_char_device()
+
+
+def test_what_cannot_take_the_old_ones_place_leaves_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without an exchange of two directories in one step."""
+    old, staging = tmp_path / "target", tmp_path / "staging"
+    for directory in (old, staging):
+        directory.mkdir()
+        (directory / "name").write_text(directory.name)
+    monkeypatch.setattr(durable.ctypes, "CDLL", lambda *_, **__: object())
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if source == staging:
+            raise OSError(errno.ENOSPC, "no space")
+        rename(source, target)
+
+    monkeypatch.setattr(durable.os, "rename", failing)
+    with pytest.raises(OSError, match="no space"):
+        durable._exchange(staging, old)
+    assert (old / "name").read_text() == "target"
+    monkeypatch.setattr(durable.os, "rename", rename)
+    durable._exchange(staging, old)
+    assert (old / "name").read_text() == "staging"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["target"]

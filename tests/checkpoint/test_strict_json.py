@@ -37,6 +37,13 @@ def test_brackets_inside_strings_do_not_count_as_depth() -> None:
     assert parse_json(text.encode(), "x") == {"a": "[" * 100 + '"' + "{" * 100}
 
 
+@pytest.mark.parametrize("tail", ["", "\\", '"'])
+def test_a_string_without_an_end_takes_no_time(tail: str) -> None:
+    """Looked at once: a pattern that begins anew at every quote needs hours for this."""
+    with pytest.raises(CorruptCheckpoint, match="not JSON"):
+        parse_json(b'{"prompt": "' + b'\\"' * 500_000 + tail.encode(), "body")
+
+
 def test_large_numbers_and_pairs_that_are_fine() -> None:
     text = b'[1000000000000000019884624838656, 1e300, 1e-400, "\\ud83d\\ude00"]'
     assert parse_json(text, "x") == [1000000000000000019884624838656, 1e300, 0.0, "\U0001f600"]

@@ -426,3 +426,24 @@ def test_an_adapter_that_is_not_there_is_a_usage_error(line, command):
     code, _, err = call(command, line / "onnx", "--adapter", "first")
     assert code == 2
     assert "no swappable adapters" in err
+
+
+@pytest.mark.parametrize(
+    ("nproc", "torchrun", "count"),
+    [
+        (1, {}, None),
+        (2, {}, "2"),
+        (1, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "2"),
+        (1, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_the_way_on_is_with_as_many_processes(tmp_path, monkeypatch, nproc, torchrun, count):
+    """Those of several machines are started by the user's own torchrun."""
+    import qlx.training
+    from qlx.cli.train import _way_on
+
+    monkeypatch.setattr(qlx.training, "interrupted_at", lambda output: (output, 4))
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    said = re.findall("--nproc (.*)", _way_on(tmp_path, ["train", "r.yaml", "--resume"], nproc))
+    assert said == ([] if count is None else [count])

@@ -158,7 +158,7 @@ def document() -> str:
     lines += ["", *(f"{at}. {reason}" for at, reason in enumerate(reasons, 1))]
     lines += [
         "",
-        "Heatmap models (ViTPose) are exported as well ([finding the ball](heatmap.md)).",
+        "BitNet checkpoints and heatmap models (ViTPose) are exported as well ([finding the ball](heatmap.md)).",
         "A sliding window and experts are part of the graph. Other architectures are refused by name when their",
         "`config.json` is read.",
     ]

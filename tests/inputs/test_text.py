@@ -242,3 +242,25 @@ def load(files, directory):
     for name, content in files.items():
         (directory / name).write_bytes(content)
     return load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0] | tojson(ensure_ascii=True, sort_keys=True) }}", '{"content": "\\u00fc", "role": "user"}'),
+        ("{{ messages[0] | tojson(separators=(',', ':')) }}", '{"role":"user","content":"ü"}'),
+        ("a{% generation %}{% set b = 1 %}{{ messages[0].content }}{% endgeneration %}{{ b }}", "aü"),
+        ("{{ strftime_now('%Y') if strftime_now is defined else 'no day' }}", "no day"),
+    ],
+)  # fmt: skip
+def test_templates_have_what_transformers_gives_them_but_the_day(template, text):
+    message = {"role": "user", "content": "ü"}
+    assert render_chat(template, [message], answer_next=False) == text
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages[0] + 1 }}", "{{ strftime_now('%Y') }}", "{{ 'a' * messages }}"]
+)  # fmt: skip
+def test_templates_that_fail_are_refused(template):
+    with pytest.raises(InputRefused, match="cannot render these messages"):
+        render_chat(template, CHAT, answer_next=False)

@@ -58,6 +58,7 @@ def test_a_delta_below_a_step_fails_and_a_large_one_passes(
         )
     assert caught.value.exit_code == 1
     assert "keep the adapter separate" in str(caught.value)
+    assert ("--heal" in str(caught.value)) == (to in ("nf4", "fp4", "int8", "int4", "ternary"))
     assert not [name for name in os.listdir(tmp_path) if "p" in name]
     made = pack(
         large.path, tmp_path / "q", **options, report=passed.append, picture=tmp_path / "l.svg"

@@ -110,6 +110,14 @@ def test_cancelling_ends_the_stream_before_the_next_token(generator):
     assert [piece.finish_reason for piece in taken] == [None, None, None, "cancelled"]
 
 
+def test_cancelling_ends_the_reading_of_a_long_prompt(generator, monkeypatch):
+    monkeypatch.setattr("qlx.runtime.generate._PREFILL_LOGITS", 7 * 320)
+    asked = itertools.count()
+    taken = list(generator.stream([9] * 40, SamplingOptions(), lambda: next(asked) >= 2))
+    assert [(piece.text, piece.finish_reason) for piece in taken] == [("", "cancelled")]
+    assert next(asked) == 3  # after the third of six chunks
+
+
 def test_a_long_prompt_in_chunks_is_the_same(generator, monkeypatch):
     expected = generator.generate([9] * 40, SamplingOptions(max_tokens=8)).tokens
     monkeypatch.setattr("qlx.runtime.generate._PREFILL_LOGITS", 7 * 320)

@@ -51,6 +51,7 @@ def test_other_host_names_are_refused_on_loopback(text_engine):
         for host, status in [
             ("localhost:99", 200),
             ("[::1]:5", 200),
+            ("LocalHost", 200),
             ("evil.example", 421),
             ("", 421),
         ]:

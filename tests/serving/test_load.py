@@ -149,6 +149,22 @@ def test_an_answer_that_takes_too_long_is_ended(text_engine):
         assert len(steps) < 14
 
 
+def test_waiting_for_the_slot_counts_as_time_of_a_stream(text_engine):
+    slow, _ = slowed(text_engine, 0.2)
+    with served(slow, limits=ServingLimits(request_seconds=3.0)) as client:
+        short = {"json": BODY | {"max_tokens": 8}}  # it has the slot for 1.6 s
+        first = threading.Thread(target=client.post, args=("/v1/completions",), kwargs=short)
+        first.start()
+        time.sleep(0.1)
+        start = time.monotonic()
+        with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as response:
+            found = events(response)
+        assert 2.5 < time.monotonic() - start < 4.0
+        assert found[-1]["error"]["code"] == 504
+        first.join()
+        settled(client)
+
+
 def test_stopping_ends_running_answers(text_engine):
     slow, steps = slowed(text_engine, 0.1)
     limits = ServingLimits(request_seconds=30, shutdown_seconds=1)

@@ -12,7 +12,7 @@ import pytest
 from qlx.errors import UsageError
 from qlx.merging import merge
 from qlx.packing import pack
-from qlx.serving import listen, load_engine, serve
+from qlx.serving import listen, load_engine, serve, server
 from tests.adapter_support import NF4, Case, inputs_for, make_adapter, make_base
 from tests.onnx_support import merged_checkpoint
 
@@ -77,3 +77,24 @@ def test_every_torch_kind_classifies(tmp_path):
     for checkpoint in (merged, packed):
         engine = load_engine(checkpoint.path)
         assert engine.images.predictor.predict(pixels).shape == (12, 5)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True), ("127.0.0.2", True), ("::1", True), ("localhost", True),
+        ("127.example.org", False), ("0.0.0.0", False), ("10.0.0.1", False), ("::", False),
+    ],
+)  # fmt: skip
+def test_only_addresses_of_this_machine_are_loopback(host, loopback):
+    assert server._is_loopback(host) == loopback
+
+
+def test_another_loopback_address_answers_for_itself(llama, monkeypatch):
+    given = {}
+    monkeypatch.setattr(server, "create_app", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(server.Server, "run", lambda *_, **__: None)
+    monkeypatch.setattr(server.Server, "__init__", lambda *_: None)
+    serve(llama[0].path, host="127.0.0.2", port=0)
+    assert "127.0.0.2" in given["hosts"]
+    assert "localhost" in given["hosts"]

@@ -57,3 +57,10 @@ def test_pickled_weights_are_not_weights(tmp_path: Path) -> None:
 def test_a_missing_name_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpoint, match="'zz'"):
         read_tensors(sharded(tmp_path / "s"), ["a", "zz"])
+
+
+def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "s") / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "m-1.safetensors", "a": "m-2.safetensors"}}')
+    with pytest.raises(CorruptCheckpoint, match="a name appears twice"):
+        open_weights(tmp_path / "s")
