@@ -33,6 +33,7 @@ TOKENS = [5 + at % 100 for at in range(PROMPT)]
 PACKED = {"int4": "Q4_0", "ternary": "TQ2_0", "int8": "Q8_0"}
 """What qlx packs to, and llama.cpp's type of equal bits."""
 
+SMALL = "qlx.runtime with pages of 4 kB"
 Sample = dict[str, float]
 Case = tuple[str, str, Path]
 """Label, engine, and the directory or file that it runs."""
@@ -55,11 +56,21 @@ def timed(prefill: Callable[[], Any], step: Callable[[], Any]) -> Sample:
     return {name: max(values) for name, values in found.items()}
 
 
+def run_small_pages(path: str) -> Sample:
+    """`qlx.runtime` with its weights left in pages of 4 kB."""
+    from qlx.runtime import pages
+
+    pages._collapse = lambda blocks: None
+    return run_qlx(path)
+
+
 def run_qlx(path: str) -> Sample:
-    """`qlx.runtime`, the arg max of its logits."""
+    """`qlx.runtime`, the arg max of its logits; how many seconds opening took, and MiB in memory then."""
     from qlx.runtime import CausalDecoder, open_model
 
+    start = time.perf_counter()
     model = open_model(path, THREADS)
+    opened = {"open": time.perf_counter() - start, "resident": resident()}
     state: dict[str, Any] = {}
 
     def prefill() -> None:
@@ -69,7 +80,13 @@ def run_qlx(path: str) -> Sample:
     def step() -> None:
         state["token"] = state["decoder"].feed(np.array([[state["token"]]]))[0, -1].argmax()
 
-    return timed(prefill, step)
+    return timed(prefill, step) | opened
+
+
+def resident() -> float:
+    """MiB of this process that lie in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def run_genai(path: str) -> Sample:
@@ -144,7 +161,13 @@ def _kind(facts: dict[str, Any]) -> str:
     return f"MatMulNBits, {sizes[0][-1]} to {sizes[-1][0]}"
 
 
-ENGINES = {"profile": profile, "qlx": run_qlx, "genai": run_genai, "llama.cpp": run_llama_cpp}
+ENGINES = {
+    "profile": profile,
+    "qlx": run_qlx,
+    "small pages": run_small_pages,
+    "genai": run_genai,
+    "llama.cpp": run_llama_cpp,
+}
 
 
 # The models
@@ -197,6 +220,7 @@ def cases_of(name: str, merged: Path, room: Path, llama: bool) -> list[Case]:
         packed_of(merged, packed, to=to, group_size=GROUP)
         exported(packed, onnx)
         made += [(f"{to}, qlx.runtime", "qlx", onnx), (f"{to}, genai", "genai", onnx)]
+        made.append((f"{to}, {SMALL}", "small pages", onnx))
         if llama and (file := gguf_of(merged, room / f"{name}-{kind}", kind)):
             made.append((f"{kind}, llama.cpp", "llama.cpp", file))
     generic = room / f"{name}-int4-generic"
@@ -352,6 +376,20 @@ def table(cases: list[Case], found: dict[str, Sample], speed: float) -> list[str
     return lines
 
 
+def pages(found: dict[str, Sample]) -> list[str]:
+    """The Markdown table of what moving weights to huge pages costs, and of what it gives."""
+    lines = ["| | decode | s to open | MiB then |", "|---|---|---|---|"]
+    for to in PACKED:
+        small, huge = found[f"{to}, {SMALL}"], found[f"{to}, qlx.runtime"]
+        gain = f"{huge['decode'] / small['decode']:.2f} x"
+        both = (
+            f"{small[key]:.{digits}f} → {huge[key]:.{digits}f}"
+            for key, digits in (("open", 2), ("resident", 0))
+        )
+        lines.append(f"| {to}, 2 MB for 4 kB | {gain} | {' | '.join(both)} |")
+    return lines
+
+
 def ratios(found: dict[str, Sample]) -> list[str]:
     """What the issue's aims ask for; the better of qlx.runtime and genai on qlx's directory."""
     built = max((n for n in found if n.startswith("genai's")), key=lambda n: found[n]["decode"])
@@ -417,7 +455,18 @@ def main() -> None:
             found = measure(these, given.turns, given.llama_python)
             report["models"][name] = found
             print(
-                "\n".join(["", f"**{name}**", "", *table(these, found, speed), "", *ratios(found)])
+                "\n".join(
+                    [
+                        "",
+                        f"**{name}**",
+                        "",
+                        *table(these, found, speed),
+                        "",
+                        *ratios(found),
+                        "",
+                        *pages(found),
+                    ]
+                )
             )
         print("\n".join(["", *spent(room / "random-int4-onnx")]))
     output = Path(__file__).parent / "output"
