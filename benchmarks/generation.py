@@ -2,15 +2,16 @@
 
     make peers                                             # llama-cpp-python, compiled for this machine
     python benchmarks/generation.py --llama-python .venv-peers/bin/python         # about ten minutes, 4 GB of disk
+    python benchmarks/generation.py --only ternary,TQ2_0 --turns 15              # contenders by how their names begin
     python benchmarks/generation.py --quick                # a small shape: to see that it runs
-    python benchmarks/generation.py --tiny quickstart-output/python-base          # and a trained model beside it
+    python benchmarks/generation.py --tiny quickstart-output/language/python-base  # a trained model, too
 
 A Llama of 0.3 B parameters with random weights, and whatever `--tiny` names, packed to int4, ternary and int8 by
 `qlx pack` in groups of 128, exported by `qlx export-onnx --accuracy-level 4`, and written as GGUF by `pack --to gguf`.
 Each figure is from a process of its own with two threads: 128 tokens at once (prefill, the first answer token with
-it), then 62 tokens one by one (decode), greedy, best of five repeats; contenders take turns, and the medians of the
-turns are shown. `MB` is what decoding a token has to read: the weights without the embedding's table. The tables go to
-standard output, everything to benchmarks/output/generation.json.
+it), then 62 tokens one by one (decode), greedy, best of five repeats; contenders and the memory's bandwidth take
+turns, and the medians of the turns are shown. `MB` is what decoding a token has to read: the weights without the
+embedding's table. The tables go to standard output, everything to benchmarks/output/generation.json.
 """
 
 import argparse
@@ -337,20 +338,23 @@ def bandwidth() -> float:
     return best / 1e9
 
 
-def measure(cases: list[Case], turns: int, llama: str | None) -> dict[str, Sample]:
-    """Medians over the turns, in which every contender runs once."""
+def measure(cases: list[Case], turns: int, llama: str | None) -> tuple[dict[str, Sample], float]:
+    """Medians over the turns, in which every contender runs once; and that of the memory's bandwidth."""
     found: dict[str, list[Sample]] = {label: [] for label, _, _ in cases}
+    speeds = []
     for _ in range(turns):
+        speeds.append(bandwidth())
         for label, engine, path in cases:
             python = llama if engine == "llama.cpp" else sys.executable
             command = [str(python), __file__, "--one", engine, str(path)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[label].append(json.loads(done.stdout.splitlines()[-1]))
             print(label, found[label][-1], file=sys.stderr)
-    return {
+    medians = {
         label: {key: statistics.median(each[key] for each in samples) for key in samples[0]}
         for label, samples in found.items()
     }
+    return medians, statistics.median(speeds)
 
 
 def spent(path: Path) -> list[str]:
@@ -380,6 +384,8 @@ def pages(found: dict[str, Sample]) -> list[str]:
     """The Markdown table of what moving weights to huge pages costs, and of what it gives."""
     lines = ["| | decode | s to open | MiB then |", "|---|---|---|---|"]
     for to in PACKED:
+        if not {f"{to}, {SMALL}", f"{to}, qlx.runtime"} <= set(found):
+            continue
         small, huge = found[f"{to}, {SMALL}"], found[f"{to}, qlx.runtime"]
         gain = f"{huge['decode'] / small['decode']:.2f} x"
         both = (
@@ -392,13 +398,13 @@ def pages(found: dict[str, Sample]) -> list[str]:
 
 def ratios(found: dict[str, Sample]) -> list[str]:
     """What the issue's aims ask for; the better of qlx.runtime and genai on qlx's directory."""
-    built = max((n for n in found if n.startswith("genai's")), key=lambda n: found[n]["decode"])
-    pairs = [(to, f"{kind}, llama.cpp") for to, kind in PACKED.items()] + [("int4", built)]
+    pairs = [(to, f"{kind}, llama.cpp") for to, kind in PACKED.items()]
+    pairs += [("int4", name) for name in found if name.startswith("genai's")]
     lines = ["| | against | prefill | decode |", "|---|---|---|---|"]
     for to, other in pairs:
-        if other not in found:
-            continue
         for engine in ("qlx.runtime", "genai"):
+            if not {other, f"{to}, {engine}"} <= set(found):
+                continue
             ours = found[f"{to}, {engine}"]
             each = (f"{ours[key] / found[other][key]:.2f} x" for key in ("prefill", "decode"))
             lines.append(f"| {to}, {engine} | {other} | {' | '.join(each)} |")
@@ -421,6 +427,7 @@ def main() -> None:
         "--only-make", action="store_true", help="make the models of --room, measure nothing"
     )
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", default="", help="beginnings of names, separated by commas")
     parser.add_argument(
         "--huge-pages",
         action="store_true",
@@ -446,28 +453,16 @@ def main() -> None:
         cases = {name: cases_of(name, path, room, llama) for name, path in models.items()}
         if given.only_make:
             return
-        speed = bandwidth()
-        report: dict[str, Any] = {"bandwidth": speed, "models": {}}
-        print(f"Two threads read {speed:.1f} GB/s.")
+        report: dict[str, Any] = {}
         if not llama:
             print("llama.cpp was not run: name an interpreter that has it with --llama-python.")
         for name, these in cases.items():
-            found = measure(these, given.turns, given.llama_python)
-            report["models"][name] = found
-            print(
-                "\n".join(
-                    [
-                        "",
-                        f"**{name}**",
-                        "",
-                        *table(these, found, speed),
-                        "",
-                        *ratios(found),
-                        "",
-                        *pages(found),
-                    ]
-                )
-            )
+            these = [case for case in these if case[0].startswith(tuple(given.only.split(",")))]
+            found, speed = measure(these, given.turns, given.llama_python)
+            report[name] = {"bandwidth": speed, "ways": found}
+            said = f"**{name}**: two threads read {speed:.1f} GB/s"
+            tables = [*table(these, found, speed), "", *ratios(found), "", *pages(found)]
+            print("\n".join(["", said, "", *tables]))
         print("\n".join(["", *spent(room / "random-int4-onnx")]))
     output = Path(__file__).parent / "output"
     output.mkdir(exist_ok=True)
