@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -33,7 +33,7 @@ class Process:
 
     rank: int = 0
     count: int = 1
-    together: bool = True
+    together: bool = field(default=True, kw_only=True)
 
     @property
     def first(self) -> bool:

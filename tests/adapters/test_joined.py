@@ -130,8 +130,10 @@ def test_the_rest_is_left_to_peft(case):
             model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["first"]))
             model.base_model.set_adapter(["default", "other"])
     if case == "eval":
-        assert not torch.equal(joined(x), plain(x))
+        # that it is joined shows in the graph; the last bits may be the same
+        assert joined(x).grad_fn.name() != plain(x).grad_fn.name()
         joined.eval()
+        assert joined(x).grad_fn.name() == plain(x).grad_fn.name()
     if case == "off":
         with plain.disable_adapter(), joined.disable_adapter():
             assert torch.equal(joined(x), plain(x))
