@@ -52,6 +52,7 @@ def test_other_host_names_are_refused_on_loopback(text_engine):
             ("localhost:99", 200),
             ("[::1]:5", 200),
             ("LocalHost", 200),
+            ("LocalHost:8", 200),
             ("evil.example", 421),
             ("", 421),
         ]:
