@@ -90,7 +90,7 @@ class CausalDecoder:
         return self._cache.run(feeds, self._adapter, self._length)
 
     def _seen(self, fresh: Array) -> Array:
-        """The mask of everything fed, in a buffer with room: a step of a small model takes no longer than its copy."""
+        """The mask [B, length] of everything fed, this included, in a buffer that is not copied at each step."""
         start, end = self._length, self._length + fresh.shape[1]
         if end > self._mask.shape[1]:
             room = np.zeros((len(fresh), max(end, _ROOM)), np.int64)

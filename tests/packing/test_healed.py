@@ -348,6 +348,8 @@ def test_calibration_reads_recipes_texts_images_and_the_probe(tmp_path, runs, re
         for at in range(5):
             pixels = np.full((16, 16, 3), 20 * at, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / kind / f"{at}.png")
+    for at in range(3):  # beside the classes, so not of them
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / f"preview-{at}.png")
     unsorted = tmp_path / "unsorted"
     shutil.copytree(tmp_path / "images" / "a", unsorted)
     (unsorted / "notes.txt").write_text("no image")

@@ -134,9 +134,11 @@ def _section(checkpoint: Checkpoint, file: Path) -> DataSection:
 
 
 def _unsorted_images(checkpoint: Checkpoint, directory: Path) -> list[Path]:
-    """Images that lie in a directory without one for each class, evenly drawn if they are many."""
+    """Images that lie in a directory without any of its own, evenly drawn if they are many."""
     if checkpoint.manifest.task != "image-classification" or not directory.is_dir():
         return []
+    if any(item.is_dir() and not item.name.startswith(".") for item in directory.iterdir()):
+        return []  # a class each; an image beside them is none of theirs
     found = image_files(directory)
     chosen = np.linspace(0, len(found) - 1, min(len(found), _MOST)).astype(int)
     return [found[at] for at in chosen]
