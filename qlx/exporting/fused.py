@@ -106,14 +106,27 @@ def _mask(step: _Step) -> Callable[..., Tensor]:
         """[B, 1, T, past + T], 0 where a token is real; causality and the window are the kernel's."""
         mask, length = given["attention_mask"], given["q_length"]
         if step.bias is None:
-            hidden = (1.0 - mask[:, None, None, :].float()) * _MASKED
+            seen = mask[:, None, None, :].bool()
+            hidden = torch.where(seen, 0.0, _MASKED)
             step.bias = hidden.expand(-1, 1, length, -1).contiguous()
-            batch, total = mask.shape
-            ends = torch.full((batch,), total - 1, dtype=torch.int32)
-            step.lengths = ends, torch.full((1,), total, dtype=torch.int32)
+            total = _length(mask, 1)
+            step.lengths = (total - 1).expand(mask.shape[0]).contiguous(), total
         return step.bias
 
     return bias
+
+
+def _length(x: Tensor, axis: int) -> Tensor:
+    """The length of an axis, int32 [1]: two nodes, where a number of the tracer's becomes five."""
+    length: Tensor = torch.onnx.ops.symbolic(
+        "Shape",
+        (x,),
+        attrs={"start": axis, "end": axis + 1},
+        dtype=torch.int64,
+        shape=(1,),
+        version=FUSED_OPSET,
+    )
+    return length.to(torch.int32)
 
 
 def _rotate(step: _Step) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -121,27 +134,25 @@ def _rotate(step: _Step) -> Callable[..., tuple[Tensor, Tensor]]:
         """Queries and keys [B, H, T, D] turned; cos and sin are [B, T, rotated]."""
         if id(cos) not in step.tables:
             half = cos.shape[-1] // 2
-            rows = torch.arange(cos.shape[0] * cos.shape[1]).reshape(cos.shape[:2])
-            tables = (each[..., :half].reshape(-1, half) for each in (cos, sin))
-            step.tables[id(cos)] = (*tables, rows, cos)
-        cosines, sines, rows, _kept = step.tables[id(cos)]
-        return tuple(_turned(x, rows, cosines, sines) for x in (q, k))  # type: ignore[return-value]
+            step.tables[id(cos)] = (*(each[..., :half] for each in (cos, sin)), cos)
+        cosines, sines, _kept = step.tables[id(cos)]
+        return _turned(q, cosines, sines), _turned(k, cosines, sines)
 
     return rotate
 
 
-def _turned(x: Tensor, rows: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     batch, heads, length, size = x.shape
     rotated = 2 * cosines.shape[-1]
     flat = x.transpose(1, 2).reshape(batch, length, heads * size)
     partial = {} if rotated == size else {"rotary_embedding_dim": rotated}
     turned: Tensor = torch.onnx.ops.symbolic(
-        "com.microsoft::RotaryEmbedding",
-        (flat, rows, cosines, sines),
+        "RotaryEmbedding",
+        (flat, cosines, sines),
         attrs={"num_heads": heads, **partial},
         dtype=x.dtype,
         shape=flat.shape,
-        version=1,
+        version=FUSED_OPSET,
     )
     return turned.reshape(batch, length, heads, size).transpose(1, 2)
 

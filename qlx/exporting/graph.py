@@ -10,6 +10,7 @@ from torch import nn
 
 from qlx.errors import CheckFailed
 from qlx.exporting import passes
+from qlx.exporting.rotations import halve_rotations
 from qlx.exporting.same_inputs import join_same_inputs
 from qlx.exporting.trace import trace
 from qlx.runtime.session import DATA_FILE, GRAPH_FILE
@@ -52,6 +53,8 @@ def build_graph(
     if fuse:
         passes.drop_reshapes(graph)
         passes.fuse_residual_norms(graph)
+        halve_rotations(graph)
+    passes.drop_unused(graph)
     passes.rename_initializers(graph, _renamed(graph, prefixes or {}))
     passes.transpose_weights(graph)
     if task == "causal-lm":

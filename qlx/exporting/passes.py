@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qlx.errors import Unsupported
 from qlx.exporting.quiet import quiet
@@ -19,6 +20,7 @@ __all__ = [
     "CONTRIB_DOMAIN",
     "declare_adapters",
     "drop_reshapes",
+    "drop_unused",
     "fuse_residual_norms",
     "import_contrib_operators",
     "name_interface",
@@ -182,6 +184,14 @@ def drop_reshapes(model: ir.Model) -> None:
             each.uses() or each.is_graph_output() for each in outputs
         ):
             graph.remove(node, safe=True)
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Remove what no output depends on, which onnxruntime would compute at every run.
+
+    Ensures: inputs and outputs stay; other initializers and nodes are there because an output needs them.
+    """
+    RemoveUnusedNodesPass()(model)
 
 
 def _same_shape(one: ir.Value, other: ir.Value) -> bool:

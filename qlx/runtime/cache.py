@@ -76,6 +76,7 @@ class SharedCache:
         self._layers, self._batch = layers, batch
         self._buffers: dict[str, ort.OrtValue] = {}
         self._adapter: Values = {}
+        self._bound: dict[str, Array] = {}
         self._logits = np.empty(0, np.float32)
         self._vocabulary = int(model.session.get_outputs()[0].shape[-1])
         self._room = 0
@@ -89,7 +90,10 @@ class SharedCache:
                 self._binding.bind_ortvalue_input(name, value)
             self._adapter = adapter
         for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, array)
+            # What is bound to another device was copied there: the array may hold other numbers by now.
+            if self._device != "cpu" or self._bound.get(name) is not array:
+                self._binding.bind_cpu_input(name, array)
+                self._bound[name] = array
         shape = (*feeds["input_ids"].shape, self._vocabulary)
         if self._logits.shape != shape:
             self._logits = np.empty(shape, np.float32)

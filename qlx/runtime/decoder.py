@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlx.errors import CorruptCheckpoint
+from qlx.errors import CorruptCheckpoint, UsageError
 from qlx.runtime.adapters import AdapterChoice, ChosenAdapter
 from qlx.runtime.cache import Cache, ReturnedCache, SharedCache
 from qlx.runtime.session import OnnxModel
@@ -55,6 +55,7 @@ class CausalDecoder:
         self._adapter = model.adapters.choose(adapter).for_batch(batch)
         self._mask, self._length = np.zeros((batch, 0), np.int64), 0
         self._real = np.zeros((batch, 1), np.int64)
+        self._one = {name: np.zeros((batch, 1), np.int64) for name in ("input_ids", "position_ids")}
         layers = _cache_inputs(model)
         self._by_column = model.fused and batch > 1
         kind = SharedCache if model.fused else ReturnedCache
@@ -70,8 +71,15 @@ class CausalDecoder:
 
         Returns:
             Logits float32 [B, T, vocabulary] of the appended positions.
+
+        Raises:
+            UsageError: the tokens are those of another number of sequences.
         """
         tokens = np.asarray(tokens, np.int64)
+        if tokens.ndim != 2 or len(tokens) != len(self._real):
+            raise UsageError(f"tokens of shape {tokens.shape} for a batch of {len(self._real)}")
+        if mask is None and tokens.shape[1] == 1:
+            return self._step(tokens)
         fresh = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
         if not (self._by_column and self.length):
             return self._feed(tokens, fresh)
@@ -80,20 +88,30 @@ class CausalDecoder:
         steps = [self._feed(tokens[:, at : at + 1], fresh[:, at : at + 1]) for at in columns]
         return np.concatenate(steps, axis=1)
 
+    def _step(self, tokens: Array) -> Array:
+        """One real token for each sequence, from arrays that a cache binds once: a tenth of a small model's time."""
+        self._one["input_ids"][:] = tokens
+        self._one["position_ids"][:] = self._real
+        self._real += 1
+        return self._run(self._one, self._seen(1, 1))
+
     def _feed(self, tokens: Array, fresh: Array) -> Array:
         feeds = {
             "input_ids": np.ascontiguousarray(tokens),
-            "attention_mask": np.ascontiguousarray(self._seen(fresh)),
             "position_ids": positions(fresh, self._real),
         }
-        self._real = self._real + fresh.sum(axis=1, keepdims=True)
-        return self._cache.run(feeds, self._adapter, self._length)
+        self._real += fresh.sum(axis=1, keepdims=True)
+        return self._run(feeds, self._seen(fresh, fresh.shape[1]))
 
-    def _seen(self, fresh: Array) -> Array:
-        """The mask [B, length] of everything fed, this included, in a buffer that is not copied at each step."""
-        start, end = self._length, self._length + fresh.shape[1]
+    def _run(self, feeds: dict[str, Array], seen: Array) -> Array:
+        every = {**feeds, "attention_mask": np.ascontiguousarray(seen)}
+        return self._cache.run(every, self._adapter, self._length)
+
+    def _seen(self, fresh: Array | int, tokens: int) -> Array:
+        """The mask [B, length] of everything fed, these tokens too, in a buffer that is not copied at each step."""
+        start, end = self._length, self._length + tokens
         if end > self._mask.shape[1]:
-            room = np.zeros((len(fresh), max(end, _ROOM)), np.int64)
+            room = np.zeros((len(self._mask), max(end, _ROOM)), np.int64)
             self._mask = np.concatenate([self._mask, room], axis=1)
         self._mask[:, start:end] = fresh
         self._length = end

@@ -1,5 +1,7 @@
 """Each graph pass on a graph small enough to check by eye."""
 
+from collections import Counter
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -11,6 +13,7 @@ from qlx.errors import Unsupported
 from qlx.exporting import SeparateLora, passes, write_graph
 from qlx.exporting import graph as graph_module
 from qlx.exporting.graph import build_graph
+from qlx.exporting.rotations import halve_rotations
 from tests.onnx_support import inputs_for, tiny_vit
 
 
@@ -240,3 +243,54 @@ def test_a_sum_of_other_shapes_keeps_its_norm_apart():
     passes.drop_reshapes(model)
     passes.fuse_residual_norms(model)
     assert "RMSNormalization" in [node.op_type for node in model.graph]
+
+
+def turning(*, same=True, ends=3, axis=-1):
+    """Cosine and scaled sin of angles written twice (or beside others), of which the first `ends` are read."""
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="pixel_values", shape=ir.Shape(["batch", 3]), type=kind)
+    constants = {
+        "zero": np.array([0]), "ends": np.array([ends]), "axis": np.array([axis]), "one": np.array([1]),
+        "scale": np.array(1.5, np.float32),
+    }  # fmt: skip
+    known = {
+        name: ir.Value(name=name, shape=ir.Shape(t.shape), type=ir.TensorType(t.dtype), const_value=t)
+        for name, t in ((name, ir.tensor(array)) for name, array in constants.items())
+    }  # fmt: skip
+    other = ir.node("Mul", [x, known["scale"]])
+    twice = ir.node("Concat", [x, x if same else other.outputs[0]], {"axis": -1})
+    cos, sin = ir.node("Cos", [twice.outputs[0]]), ir.node("Sin", [twice.outputs[0]])
+    scaled = ir.node("Mul", [sin.outputs[0], known["scale"]])
+    cut = [known[name] for name in ("zero", "ends", "axis", "one")]
+    halves = [ir.node("Slice", [each.outputs[0], *cut]) for each in (cos, scaled)]
+    total = ir.node("Add", [half.outputs[0] for half in halves])
+    unused = ir.node("Add", [x, known["scale"]])
+    nodes = [other, twice, cos, sin, scaled, *halves, total, unused]
+    for node in nodes:
+        node.outputs[0].type = kind
+    total.outputs[0].name = "logits"
+    graph = ir.Graph(
+        [x], total.outputs, nodes=nodes, initializers=list(known.values()), opset_imports={"": 23}, name="g"
+    )  # fmt: skip
+    return ir.Model(graph, ir_version=10)
+
+
+def test_the_half_of_a_rotation_that_is_read_is_all_that_is_computed():
+    model = turning()
+    before = run(model, SMALL[0, :, :3])
+    halve_rotations(model)
+    passes.drop_unused(model)
+    assert Counter(node.op_type for node in model.graph) == {"Cos": 1, "Sin": 1, "Mul": 1, "Add": 1}
+    assert list(model.graph.initializers) == ["scale"]
+    np.testing.assert_array_equal(run(model, SMALL[0, :, :3]), before)
+
+
+@pytest.mark.parametrize("odd", [{"same": False}, {"ends": 2}, {"ends": 4}, {"axis": 0}])
+def test_a_slice_of_anything_else_stays(odd):
+    model = turning(**odd)
+    before = run(model, SMALL[0, :, :3])
+    halve_rotations(model)
+    assert sum(node.op_type == "Slice" for node in model.graph) == 2
+    passes.drop_unused(model)
+    assert sum(node.op_type == "Concat" for node in model.graph) == 1
+    np.testing.assert_array_equal(run(model, SMALL[0, :, :3]), before)
