@@ -5,9 +5,11 @@
     python benchmarks/generation.py --only ternary,TQ2_0 --turns 15              # contenders by how their names begin
     python benchmarks/generation.py --quick                # a small shape: to see that it runs
     python benchmarks/generation.py --tiny quickstart-output/language/python-base  # a trained model, too
+    python benchmarks/generation.py --vocabulary 32000     # where the head weighs: with it in 8 bits, and as it is
 
 A Llama of 0.3 B parameters with random weights, and whatever `--tiny` names, packed to int4, ternary and int8 by
-`qlx pack` in groups of 128, exported by `qlx export-onnx --accuracy-level 4`, and written as GGUF by `pack --to gguf`.
+`qlx pack` in groups of 128, exported by `qlx export-onnx --accuracy-level 4`, and written as GGUF by `pack --to gguf`;
+int4 and ternary once more with `--head int8`, beside GGUF whose head is of llama.cpp's 8 bits.
 Each figure is from a process of its own with two threads: 128 tokens at once (prefill, the first answer token with
 it), then 62 tokens one by one (decode), greedy, best of five repeats; contenders and the memory's bandwidth take
 turns, and the medians of the turns are shown. `MB` is what decoding a token has to read: the weights without the
@@ -15,6 +17,7 @@ embedding's table. The tables go to standard output, everything to benchmarks/ou
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,9 @@ THREADS, PROMPT, STEPS, REPEATS, GROUP = 2, 128, 62, 5, 128
 TOKENS = [5 + at % 100 for at in range(PROMPT)]
 PACKED = {"int4": "Q4_0", "ternary": "TQ2_0", "int8": "Q8_0"}
 """What qlx packs to, and llama.cpp's type of equal bits."""
+
+HEADS = ("int4", "ternary")
+"""Which of them are made with an 8-bit head, too."""
 
 SMALL = "qlx.runtime with pages of 4 kB"
 Sample = dict[str, float]
@@ -174,8 +180,8 @@ ENGINES = {
 # The models
 
 
-def random_llama(target: Path, quick: bool) -> None:
-    """A merged checkpoint with a byte-pair tokenizer of 4096 tokens trained on this repository's documents."""
+def random_llama(target: Path, quick: bool, vocabulary: int) -> None:
+    """A merged checkpoint with a byte-pair tokenizer of at most 4096 tokens, trained on this repository's documents."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from qlx.checkpoint import (
@@ -192,10 +198,15 @@ def random_llama(target: Path, quick: bool) -> None:
     hidden, layers, heads, inner = (256, 2, 4, 512) if quick else (1024, 24, 16, 3072)
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=4,
-        intermediate_size=inner, vocab_size=4096, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
+        intermediate_size=inner, vocab_size=vocabulary, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
         pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
+    for layer in (
+        model.model.layers
+    ):  # what a layer adds is small, as in a trained model: rounding does not grow
+        for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            part.weight.data *= 0.2
     texts = [each.read_text() for each in Path(__file__).parents[1].rglob("docs/*.md")]
     inputs = {"input_ids": np.array([TOKENS[:24]] * 2), "attention_mask": np.ones((2, 24), int)}
     inputs["attention_mask"][1, 18:] = 0
@@ -224,6 +235,12 @@ def cases_of(name: str, merged: Path, room: Path, llama: bool) -> list[Case]:
         made.append((f"{to}, {SMALL}", "small pages", onnx))
         if llama and (file := gguf_of(merged, room / f"{name}-{kind}", kind)):
             made.append((f"{kind}, llama.cpp", "llama.cpp", file))
+        if to in HEADS:
+            exported(packed, room / f"{name}-{to}-head", head="int8")
+            made.append((f"{to} and head int8, qlx.runtime", "qlx", room / f"{name}-{to}-head"))
+            with eight_bit_heads():
+                file = gguf_of(merged, room / f"{name}-{kind}-head", kind) if llama else None
+            made += [(f"{kind} and head Q8_0, llama.cpp", "llama.cpp", file)] if file else []
     generic = room / f"{name}-int4-generic"
     exported(room / f"{name}-int4", generic, fuse=False)
     made.append(("int4, generic attention, qlx.runtime", "qlx", generic))
@@ -246,6 +263,24 @@ def gguf_of(merged: Path, target: Path, kind: str) -> Path | None:
     return target / "model.gguf"
 
 
+@contextlib.contextmanager
+def eight_bit_heads() -> Iterator[None]:
+    """Let GGUF files have heads of Q8_0 meanwhile, where `qlx pack` writes 16 bits."""
+    from qlx.packing import gguf
+
+    known = gguf._types
+
+    def types(*given: Any) -> dict[str, str]:
+        found = known(*given)
+        return found | {name: "Q8_0" for name in found if name == "lm_head.weight"}
+
+    gguf._types = types
+    try:
+        yield
+    finally:
+        gguf._types = known
+
+
 def packed_of(merged: Path, target: Path, **options: Any) -> None:
     """`qlx pack`, whatever is left of the (untrained) model."""
     from qlx.packing import pack
@@ -254,7 +289,7 @@ def packed_of(merged: Path, target: Path, **options: Any) -> None:
         pack(merged, target, min_retention=0, **options)
 
 
-def exported(packed: Path, target: Path, *, fuse: bool = True) -> None:
+def exported(packed: Path, target: Path, *, fuse: bool = True, head: str | None = None) -> None:
     """`qlx export-onnx --accuracy-level 4`."""
     from qlx.exporting import export, export_onnx
 
@@ -264,7 +299,7 @@ def exported(packed: Path, target: Path, *, fuse: bool = True) -> None:
     try:
         if not fuse:
             export.can_fuse = lambda model, task: False
-        export_onnx(packed, target, accuracy_level=4)
+        export_onnx(packed, target, accuracy_level=4, head=head)
     finally:
         export.can_fuse = known
 
@@ -399,6 +434,7 @@ def pages(found: dict[str, Sample]) -> list[str]:
 def ratios(found: dict[str, Sample]) -> list[str]:
     """What the issue's aims ask for; the better of qlx.runtime and genai on qlx's directory."""
     pairs = [(to, f"{kind}, llama.cpp") for to, kind in PACKED.items()]
+    pairs += [(f"{to} and head int8", f"{PACKED[to]} and head Q8_0, llama.cpp") for to in HEADS]
     pairs += [("int4", name) for name in found if name.startswith("genai's")]
     lines = ["| | against | prefill | decode |", "|---|---|---|---|"]
     for to, other in pairs:
@@ -416,6 +452,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="rows of the random head")
     parser.add_argument("--llama-python", help="an interpreter that has llama-cpp-python")
     parser.add_argument(
         "--tiny", type=Path, help="a merged checkpoint or full run to measure as well"
@@ -446,7 +483,7 @@ def main() -> None:
         room.mkdir(parents=True, exist_ok=True)
         models = {"random": room / "random"}
         if not models["random"].exists():
-            random_llama(models["random"], given.quick)
+            random_llama(models["random"], given.quick, given.vocabulary)
         if given.tiny:
             models["tiny"] = given.tiny
         llama = given.llama_python is not None

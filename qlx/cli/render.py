@@ -190,7 +190,7 @@ def print_manifest(console: "Console", data: Mapping[str, Any]) -> None:
     facts += [("base", _base(manifest["base"]))] if manifest["base"] else []
     facts += [("quantization", _quantization(manifest["quantization"]))]
     facts += [("adapter", _adapter(manifest["adapter"]))] if manifest["adapter"] else []
-    facts += [("attention", each) for each in _attention(manifest["lineage"])]
+    facts += _exported(manifest["lineage"])
     facts += [("lineage", " → ".join(step["command"] for step in manifest["lineage"]))]
     for name, value in facts:
         console.print(f"  {name:<13} {value}")
@@ -206,10 +206,14 @@ def _base(base: Mapping[str, Any]) -> str:
     return f"{base['name']}{revision} ({base['fingerprint'][:19]}…)"
 
 
-def _attention(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What an exported language model's attention is; nothing of anything else."""
-    told = lineage[-1]["options"].get("attention") if lineage else None
-    return [str(told)] if told else []
+def _exported(lineage: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What an exported language model's attention and head are; nothing of anything else."""
+    options = lineage[-1]["options"] if lineage else {}
+    told = [("attention", str(options["attention"]))] if "attention" in options else []
+    if "head" in options:
+        moved = f"weights moved by {100 * options['head_rounded']:.2f} %"
+        told.append(("head", f"{options['head']}, {moved}"))
+    return told
 
 
 def _quantization(spec: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """`export_onnx`: a checkpoint of any torch kind as a verified ONNX directory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from qlx.verification.prove import prove
 
 __all__ = [
     "ACCURACY_LEVELS",
-    "ADVICE",
     "COMMAND",
+    "HEADS",
     "PRECISIONS",
     "Arithmetic",
     "arithmetic_of",
@@ -49,13 +49,14 @@ ACCURACY_LEVELS = (0, 4)
 
 COMMAND = "export-onnx"
 
-ADVICE = {
-    "fp16": "export it in fp32, without --precision fp16",
-    "rounded": "export it without --accuracy-level 4",
-    "exact": "run `qlx verify` on the checkpoint: where that fails too, it is no longer the model it was; "
-    "where it passes, this model's export is at fault, so report it",
-}
-"""What to do where the graph gives other outputs, by what was rounded in it."""
+HEADS = ("int8",)
+"""What a language model's head can be packed to; otherwise it stays as the checkpoint has it."""
+
+_ADVICE = (
+    "run `qlx verify` on the checkpoint: where that fails too, it is no longer the model it was; where it passes, "
+    "this model's export is at fault, so report it"
+)
+"""What to do where a graph that rounds nothing gives other outputs."""
 
 
 def export_onnx(
@@ -65,6 +66,7 @@ def export_onnx(
     base: Source | str | Path | None = None,
     precision: str | None = None,
     accuracy_level: int | None = None,
+    head: str | None = None,
     force: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
@@ -83,6 +85,8 @@ def export_onnx(
         accuracy_level: of products with packed weights: 0 (the default) multiplies in float32, 4 rounds
             each run of inputs to 8 bits and says the codes of nf4 and fp4 in 8-bit integers, which is faster
             and lossy; the price is measured and recorded.
+        head: `int8` stores a language model's head in 8 bits, a fourth of the bytes that each token reads of it, and
+            rounds its inputs to 8 bits; the price is measured and recorded.
         report: called with one line per stage.
 
     Raises:
@@ -98,7 +102,7 @@ def export_onnx(
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(given)
     _require_exportable(source)
     scheme = source.manifest.quantization.scheme if source.manifest.kind != "merged" else None
-    arithmetic = arithmetic_of(scheme, precision, accuracy_level)
+    arithmetic = arithmetic_of(source.manifest.task, scheme, precision, accuracy_level, head)
     probe = probe_of(source)
     own_base = base_of(source, base)
     with new_checkpoint(Path(output), force=force) as staging:
@@ -106,7 +110,7 @@ def export_onnx(
         arithmetic, attention = _write_model(source, own_base, arithmetic, staging)
         report_rounding(arithmetic, report)
         write_probe(staging / PROBE_FILE, probe)
-        manifest = seal(staging, _manifest(source, own_base, {**arithmetic.options(), **attention}))
+        manifest = seal(staging, _manifest(source, own_base, arithmetic, attention))
         report("replaying the probe under onnxruntime")
         _prove(staging, manifest, probe, arithmetic)
     return open_checkpoint(Path(output))
@@ -116,47 +120,77 @@ def export_onnx(
 class Arithmetic:
     """What the weights are stored in, and the accuracy level of products with packed ones.
 
-    `levels_rounded` is how far rounding their levels moved nf4 or fp4 weights, relative; known once they are.
+    `head`: what the head of a language model is packed to. How far rounding moved weights, relative, is known once
+    they are rounded: `levels_rounded` those of nf4 or fp4, `head_rounded` those of the head.
     """
 
     precision: str
     accuracy_level: int | None
+    head: str | None = None
     levels_rounded: float | None = None
+    head_rounded: float | None = None
 
     @property
-    def rounded(self) -> str:
-        """What is rounded on the way: a key of `ADVICE`."""
-        return "fp16" if self.precision == "fp16" else "rounded" if self.accuracy_level else "exact"
+    def rounds_products(self) -> bool:
+        """Whether inputs or weights of products are rounded, other than to 16 bits."""
+        return bool(self.accuracy_level or self.head)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the graph computes what the checkpoint computes."""
+        return not self.rounds_products and self.precision != "fp16"
+
+    @property
+    def advice(self) -> str:
+        """What to do where the graph gives other outputs, by what was rounded in it."""
+        if self.exact:
+            return _ADVICE
+        options = {
+            "--precision fp16": self.precision == "fp16",
+            "--accuracy-level 4": bool(self.accuracy_level),
+            "--head int8": self.head is not None,
+        }
+        return f"export it without {' and '.join(name for name, used in options.items() if used)}"
+
+    @property
+    def suffix(self) -> str:
+        """What the step adds to a checkpoint's tag."""
+        half = "_fp16" if self.precision == "fp16" else ""
+        return f"onnx{half}_head{self.head}" if self.head else f"onnx{half}"
 
     def options(self) -> dict[str, object]:
         """What the manifest records."""
-        known = {"accuracy_level": self.accuracy_level, "levels_rounded": self.levels_rounded}
-        said = {name: value for name, value in known.items() if value is not None}
-        return {"precision": self.precision, **said}
+        said = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in said.items() if value is not None}
 
     def applied(self, model: nn.Module) -> "Arithmetic":
-        """Make every packed layer one that is exported so, in place; with what that rounded."""
+        """Make every packed layer one that is exported so, and the head, in place; with what that rounded."""
+        from qlx.exporting.head import pack_head
         from qlx.quant import packed_linears, rounding_of_levels
 
         moved = rounding_of_levels(model) if self.accuracy_level else None
         packed_linears(model, accuracy_level=self.accuracy_level or 0)
-        return replace(self, levels_rounded=moved)
+        head = pack_head(model) if self.head else None
+        return replace(self, levels_rounded=moved, head_rounded=head)
 
 
 def report_rounding(arithmetic: Arithmetic, report: Callable[[str], None]) -> None:
     """Say how far the weights were moved, where they were."""
-    if arithmetic.levels_rounded is not None:
-        moved = f"{100 * arithmetic.levels_rounded:.2f} %"
-        report(f"{arithmetic.precision} codes as 8-bit integers: weights moved by {moved}")
+    moved = {
+        f"{arithmetic.precision} codes as 8-bit integers: weights": arithmetic.levels_rounded,
+        "the head in 8 bits: its weights": arithmetic.head_rounded,
+    }
+    for what, share in moved.items():
+        if share is not None:
+            report(f"{what} moved by {100 * share:.2f} %")
 
 
 def _prove(staging: Path, manifest: Manifest, probe: Probe, arithmetic: Arithmetic) -> None:
     """Replay; a graph that rounds is compared with the checkpoint it was made of, too."""
-    rounded = arithmetic.rounded
     exported = probe.reference if probe.own is None else probe.own
-    beside = ("the exported checkpoint", exported) if rounded == "rounded" else None
-    own = probe.own if rounded == "exact" else None
-    prove(staging, manifest, own=own, beside=beside, advice=ADVICE[rounded])
+    beside = ("the exported checkpoint", exported) if arithmetic.rounds_products else None
+    own = probe.own if arithmetic.exact else None
+    prove(staging, manifest, own=own, beside=beside, advice=arithmetic.advice)
 
 
 def _require_exportable(source: Checkpoint) -> None:
@@ -167,12 +201,14 @@ def _require_exportable(source: Checkpoint) -> None:
         )
 
 
-def arithmetic_of(scheme: str | None, precision: str | None, level: int | None) -> Arithmetic:
+def arithmetic_of(
+    task: str, scheme: str | None, precision: str | None, level: int | None, head: str | None = None
+) -> Arithmetic:
     """What the weights become, from the scheme they have (None: plain) and what was asked for.
 
     Raises:
         Unsupported: the precision does not fit the weights.
-        UsageError: there is no such precision or level, or the level has no meaning here.
+        UsageError: there is no such precision, level or head, or it has no meaning here.
     """
     chosen = _precision(scheme, precision)
     if level not in (None, *ACCURACY_LEVELS):
@@ -181,7 +217,11 @@ def arithmetic_of(scheme: str | None, precision: str | None, level: int | None) 
         raise UsageError(
             f"--accuracy-level {level} is for {', '.join(PACKED)} weights; these are {chosen}"
         )
-    return Arithmetic(chosen, (level or 0) if chosen in PACKED else None)
+    if head not in (None, *HEADS):
+        raise UsageError(f"head {head!r} is not one of {', '.join(HEADS)}")
+    if head and task != "causal-lm":
+        raise UsageError(f"--head {head} is for language models; this is one for {task}")
+    return Arithmetic(chosen, (level or 0) if chosen in PACKED else None, head)
 
 
 def _precision(scheme: str | None, wanted: str | None) -> str:
@@ -233,13 +273,14 @@ def write_language(model: Any, task: str, staging: Path, *, fused: bool) -> dict
     return {"attention": "fused" if fused else "generic"}
 
 
-def _manifest(source: Checkpoint, base: Source | None, facts: dict[str, object]) -> Manifest:
+def _manifest(
+    source: Checkpoint, base: Source | None, arithmetic: Arithmetic, attention: dict[str, object]
+) -> Manifest:
     separate = needs_base(source.manifest)
     layout = "separate" if separate else source.manifest.kind
     parents = [source.digest] if base is None else [source.digest, base.fingerprint]
-    options = {**facts, "layout": layout}
+    options = {**arithmetic.options(), **attention, "layout": layout}
     step = next_step(COMMAND, parents=parents, options=options)
-    suffix = "onnx_fp16" if facts["precision"] == "fp16" else "onnx"
     return source.manifest.with_step(
-        step, kind="onnx", tag=f"{source.manifest.tag}_{suffix}", files={}
+        step, kind="onnx", tag=f"{source.manifest.tag}_{arithmetic.suffix}", files={}
     )

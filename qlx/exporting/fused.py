@@ -1,9 +1,9 @@
 """Tracing a causal LM with onnxruntime's fused attention in place of the architecture's own.
 
-While `fused` is active, a model of a known architecture computes rotation, cache and attention by one
-node each of `com.microsoft`: `RotaryEmbedding` for queries and for keys, and `GroupQueryAttention`, which
-appends to the cache (in place, where past and present are one buffer) and attends. Norms become
-`RMSNormalization`. What the nodes mean is ONNX Runtime's contrib operator documentation.
+While `fused` is active, a model of a known architecture computes rotation by `RotaryEmbedding`, one node for
+queries and one for keys, norms by `RMSNormalization`, and cache and attention by `GroupQueryAttention` of
+`com.microsoft`, which appends to the cache (in place, where past and present are one buffer) and attends. What
+the nodes mean is in ONNX's operator documentation, and of the last one in ONNX Runtime's.
 
 The mask goes in as an additive bias over all positions of the cache, so that any padding, on either side,
 means what it means in the architecture's own graph.
@@ -37,7 +37,7 @@ FUSED = frozenset(
 """Model types whose attention is rotary, causal and called through transformers' attention interface."""
 
 FUSED_OPSET = 23
-"""The first with RMSNormalization."""
+"""The first with RMSNormalization and RotaryEmbedding."""
 
 _NAME = "qlx_fused"
 _HEAD_MULTIPLE = 8
@@ -211,6 +211,6 @@ def _norm(module: Any, x: Tensor) -> Tensor:
         attrs={"axis": -1, "epsilon": float(epsilon)},
         dtype=x.dtype,
         shape=x.shape,
-        version=23,
+        version=FUSED_OPSET,
     )
     return y

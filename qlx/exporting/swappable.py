@@ -33,7 +33,6 @@ from qlx.checkpoint import (
 )
 from qlx.errors import CheckFailed, InputRefused, Mismatch, Unsupported, UsageError
 from qlx.exporting.export import (
-    ADVICE,
     COMMAND,
     Arithmetic,
     arithmetic_of,
@@ -97,6 +96,7 @@ def export_adapters(
     *,
     precision: str | None = None,
     accuracy_level: int | None = None,
+    head: str | None = None,
     force: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint:
@@ -105,7 +105,7 @@ def export_adapters(
     Args:
         base: what the adapters were trained on: a directory or a hub name.
         adapters: runs or adapter checkpoints, as directories or as (name, directory).
-        output, precision, accuracy_level, force, report: as for `export_onnx`.
+        output, precision, accuracy_level, head, force, report: as for `export_onnx`.
 
     Raises:
         UsageError: a name is wrong or given twice, or no adapter is given.
@@ -123,7 +123,8 @@ def export_adapters(
     opened = {name: open_checkpoint(path) for name, path in named}
     first = _require_together(source, list(opened.values()))
     scheme = first.manifest.quantization.scheme
-    job = _Job(source, opened, arithmetic_of(scheme, precision, accuracy_level))
+    arithmetic = arithmetic_of(first.manifest.task, scheme, precision, accuracy_level, head)
+    job = _Job(source, opened, arithmetic)
     with new_checkpoint(Path(output), force=force) as staging:
         report(f"tracing the base ({job.arithmetic.precision}) with room for {len(named)} adapters")
         job, attention = job.written(staging)
@@ -252,16 +253,13 @@ class _Job:
         return Manifest(
             kind="onnx",
             task=recorded.task,
-            tag=f"{name}_{self._suffix()}"[:200],
+            tag=f"{name}_{self.arithmetic.suffix}"[:200],
             base=self.source.reference(),
             quantization=recorded.quantization,
             lineage=(self._step([each.digest for each in self.adapters.values()], attention),),
             probe=ProbeRecord(reference=_REFERENCE),
             adapters={n: self._entry(n, each, attention) for n, each in self.adapters.items()},
         )
-
-    def _suffix(self) -> str:
-        return "onnx_fp16" if self.arithmetic.precision == "fp16" else "onnx"
 
     def _step(self, digests: Sequence[str], attention: dict[str, object]) -> Step:
         options = {**self.arithmetic.options(), **attention, "layout": "swappable"}
@@ -274,7 +272,7 @@ class _Job:
         return AdapterEntry(
             file=_file(name),
             digest=adapter.digest,
-            tag=f"{recorded.tag}_{self._suffix()}"[:200],
+            tag=f"{recorded.tag}_{self.arithmetic.suffix}"[:200],
             adapter=recorded.adapter,
             lineage=(*recorded.lineage, self._step([adapter.digest], attention)),
             probe=recorded.probe.model_copy(update={"file": _probe_file(name)}),
@@ -291,17 +289,16 @@ class _Job:
             )
             for name, entry in manifest.adapters.items()
         }
-        _check_mixed(model, probe_of(staged))
+        _check_mixed(model, probe_of(staged), self.arithmetic.advice)
         return manifest.model_copy(update={"probe": base.probe, "adapters": entries})
 
     def _judged(self, staged: Checkpoint, model: OnnxModel) -> Manifest:
-        rounded = self.arithmetic.rounded
-        reference = probe_of(staged).reference
+        reference, arithmetic = probe_of(staged).reference, self.arithmetic
         return judged(
             staged,
             lambda each, probe: OnnxPredictor(model, adapter=each.adapter).predict(probe.inputs),
-            beside=("the exported checkpoint", reference) if rounded == "rounded" else None,
-            advice=ADVICE[rounded],
+            beside=("the exported checkpoint", reference) if arithmetic.rounds_products else None,
+            advice=arithmetic.advice,
         )
 
 
@@ -323,8 +320,10 @@ def _probe_file(name: str) -> str:
     return f"{name}.probe.safetensors"
 
 
-def _check_mixed(model: OnnxModel, probe: Probe) -> None:
+def _check_mixed(model: OnnxModel, probe: Probe, advice: str) -> None:
     """Check that rows with adapters of their own get what each adapter alone gives them.
+
+    `advice` ends the message where they do not.
 
     Raises:
         CheckFailed: they do not.
@@ -348,5 +347,5 @@ def _check_mixed(model: OnnxModel, probe: Probe) -> None:
     if found > MIXED_TOLERANCE:
         raise CheckFailed(
             f"{COMMAND}: rows of one batch with adapters of their own differ by {found:.3g} from each adapter alone "
-            f"(limit {MIXED_TOLERANCE:g}); {ADVICE['exact']}"
+            f"(limit {MIXED_TOLERANCE:g}); {advice}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from qlx.errors import RecipeError
+from qlx.errors import RecipeError, UsageError
 from qlx.recipe.dialects import translate, translate_path
 from qlx.recipe.schema import Recipe
 from qlx.recipe.source import Located, Location, parse_value, read_yaml
@@ -22,6 +22,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: the first thing wrong, with file, line, field and what is allowed.
+        UsageError: an override has no field or no equals sign.
     """
     located = translate(read_yaml(Path(path)), str(path))
     for override in overrides:
@@ -41,7 +42,7 @@ def _override(located: Located, text: str) -> Located:
     key, equals, value = text.partition("=")
     written = key.strip().split(".")
     if not equals or not all(written):
-        raise RecipeError(f"--set {text!r}: write it as section.field=value")
+        raise UsageError(f"--set {text!r}: write it as section.field=value")
     parts = translate_path(tuple(written))
     tree = dict(located.value)
     inner = tree

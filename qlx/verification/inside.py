@@ -111,9 +111,10 @@ def look_inside(
     layers: tuple[LayerDrift, ...] = ()
     graphs = [side.name for side in (reference, candidate) if not side.in_torch]
     if graphs:
+        kind = "are ONNX graphs" if len(graphs) > 1 else "is an ONNX graph"
         unseen.append(
-            f"the layers are not visible: {' and '.join(graphs)} is an ONNX graph, which gives its "
-            "outputs only; its weights are compared by the names that the export kept"
+            f"the layers are not visible: {' and '.join(graphs)} {kind}, of which outputs alone are seen; weights are "
+            "compared by the names that the export kept"
         )
     else:
         try:

@@ -35,10 +35,13 @@ EXACT_RUNTIME = 1e-4
 """Relative error across runtimes (other kernels, fused operators) or across a packed format's kernels."""
 ROUNDED_INPUTS = "8-bit inputs"
 """What a kernel of accuracy level 4 rounds to: each run of a layer's inputs to 8 bits of its largest."""
+ROUNDED_HEAD = "an 8-bit head"
+"""What `export-onnx --head int8` rounds to: each group of the head's weights to 8 bits of its largest."""
 UNIT_ROUNDOFF: Mapping[str, float] = {
     "bfloat16": 2.0**-8,
     "float16": 2.0**-11,
     ROUNDED_INPUTS: 2.0**-8,
+    ROUNDED_HEAD: 2.0**-8,
 }
 """Largest relative error of rounding one normal number to the dtype (of 8 bits: of the largest number)."""
 ROUNDING_GROWTH = 8.0
@@ -216,7 +219,7 @@ def lossy_steps(manifest: Manifest) -> tuple[Step, ...]:
     """The later steps after which the model no longer computes what training saw.
 
     They are: a merge onto the original base, a merge or an export in 16 bits, an export whose kernels
-    round their inputs, and any pack.
+    round their inputs or whose head is rounded, and any pack.
     """
     return tuple(step for step in later_steps(manifest) if _is_lossy(step))
 
@@ -226,7 +229,9 @@ def _is_lossy(step: Step) -> bool:
         return step.options.get("exact") is not True
     if step.command == "export-onnx":
         # other precisions keep the codes that training saw
-        return step.options.get("precision") == "fp16" or bool(step.options.get("accuracy_level"))
+        told = step.options
+        rounds = told.get("accuracy_level") or told.get("head")
+        return bool(rounds) or told.get("precision") == "fp16"
     return step.command == "pack"
 
 
@@ -306,7 +311,7 @@ def rounded_thresholds(manifest: Manifest, native: float | None) -> Thresholds:
 
 
 def _rounded(lossy: tuple[Step, ...], native: float | None, has_base: bool) -> Thresholds:
-    dtypes = sorted({_rounded_dtype(step) for step in lossy})
+    dtypes = sorted({dtype for step in lossy for dtype in _rounded_dtypes(step)})
     bound = max(
         ROUNDING_GROWTH * max(UNIT_ROUNDOFF[dtype] for dtype in dtypes), 2 * (native or 0.0)
     )
@@ -315,11 +320,14 @@ def _rounded(lossy: tuple[Step, ...], native: float | None, has_base: bool) -> T
     return Thresholds(f"rounded to {', '.join(dtypes)}", bound, top1_decided=1.0, retention=kept)
 
 
-def _rounded_dtype(step: Step) -> str:
-    if step.options.get("accuracy_level"):
-        return ROUNDED_INPUTS
+def _rounded_dtypes(step: Step) -> tuple[str, ...]:
+    """Keys of `UNIT_ROUNDOFF`."""
+    by_option = {"accuracy_level": ROUNDED_INPUTS, "head": ROUNDED_HEAD}
+    found = tuple(dtype for option, dtype in by_option.items() if step.options.get(option))
     dtype = str(step.options.get("dtype"))
-    return dtype if dtype in UNIT_ROUNDOFF else "float16"
+    if step.command == "export-onnx":
+        return found if step.options.get("precision") != "fp16" else (*found, "float16")
+    return (dtype if dtype in UNIT_ROUNDOFF else "float16",)
 
 
 def _number(step: Step, option: str, default: float) -> float:

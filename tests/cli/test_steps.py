@@ -331,6 +331,9 @@ def test_a_recipe_is_trained_resumed_and_checked(tmp_path):
     code, _, err = call("train", recipe, "--set", "training.batchsize=3", "--dry-run")
     assert code == 3
     assert "batch_size" in err
+    code, _, err = call("train", recipe, "--set", "training.batch_size", "--dry-run")
+    assert code == 2
+    assert "section.field=value" in err
 
 
 @pytest.mark.parametrize("adapted", [True, False])

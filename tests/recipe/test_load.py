@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlx.errors import RecipeError
+from qlx.errors import RecipeError, UsageError
 from qlx.recipe import Recipe, load_recipe
 
 TEXT = """\
@@ -61,8 +61,10 @@ def test_overrides_apply_and_are_named_in_errors(tmp_path: Path) -> None:
     assert (recipe.training.max_steps, recipe.probe.count) == (3, 4)
     with pytest.raises(RecipeError, match=r"--set: adapter\.rank"):
         load_recipe(recipe_file(tmp_path), ["adapter.rank=none"])
-    for text in ("rank", "=3", "adapter..rank=1", "task.x=1"):
-        with pytest.raises(RecipeError, match="--set"):
+    with pytest.raises(RecipeError, match=r"--set 'task\.x=1': 'task' is not"):
+        load_recipe(recipe_file(tmp_path), ["task.x=1"])
+    for text in ("rank", "=3", "adapter..rank=1"):
+        with pytest.raises(UsageError, match=f"--set '{text}': write it as"):
             load_recipe(recipe_file(tmp_path), [text])
 
 
