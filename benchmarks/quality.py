@@ -57,7 +57,7 @@ TASKS = {
     "python": Task("python-base", "python-qlora", "perplexity", "docstrings: perplexity"),
     "tennis": Task(
         "tennis-base", "tennis-qlora", "f1", "ball by night: F1",
-        ("data.path=clips/night",), ("data.path=clips/day", SMALL_FRAMES, "training.max_steps=1000"),
+        ("data.path=clips/night",), ("data.path=clips/day", SMALL_FRAMES, "training.max_steps=2000"),
     ),
 }  # fmt: skip
 NF4 = "quantization={quant_type: nf4, double_quant: true}"

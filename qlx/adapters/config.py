@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from qlx.adapters.formula import scaling_of
 from qlx.checkpoint import load_json
 from qlx.errors import CorruptCheckpoint, InputRefused, UnsafeInput, Unsupported
+from qlx.recipe import refused_pattern
 
 __all__ = ["CONFIG_FILE", "AdapterConfig", "pattern_matches", "read_config", "read_peft_type"]
 
@@ -45,8 +46,6 @@ _REFUSED = {
 
 # Initialisations after which the base is still the original one.
 _BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-
-_LONGEST_PATTERN = 300
 
 T = TypeVar("T", int, float)
 
@@ -277,23 +276,12 @@ class _Reader:
     def _patterns(self, name: str, kind: type | tuple[type, ...]) -> dict[str, Any]:
         value: dict[str, Any] = self.take(name, dict, {})
         for key, number in value.items():
-            self._check_pattern(name, key)
+            if (why := refused_pattern(key)) is not None:
+                raise UnsafeInput(f"{self.path}: {name} key {key[:80]!r}: {why}")
             if isinstance(number, bool) or not isinstance(number, kind):
                 raise CorruptCheckpoint(f"{self.path}: {name}[{key!r}] is {number!r}")
             self._positive(f"{name}[{key!r}]", number)
         return value
-
-    def _check_pattern(self, name: str, key: str) -> None:
-        """Refuse expressions that can backtrack without end: repeated groups, many wildcards."""
-        repeats = len(re.findall(r"[*+}]", key))
-        if len(key) > _LONGEST_PATTERN or re.search(r"\)\s*[*+{?]", key) or repeats > 3:
-            raise UnsafeInput(
-                f"{self.path}: {name} key {key[:80]!r} is too complex to match safely"
-            )
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise CorruptCheckpoint(f"{self.path}: {name} key {key!r}: {error}") from error
 
     def _check_initialisation(self) -> None:
         value = self.rest.pop("init_lora_weights", True)

@@ -4,12 +4,14 @@ Training, verification and the runtime all prepare their inputs here, so that no
 """
 
 from qlx.inputs.batches import (
+    EVAL_ROWS,
     Batch,
     eval_batches,
     image_batches,
     keypoint_batch,
     keypoint_batches,
     pad_batch,
+    rows_for,
     text_batches,
 )
 from qlx.inputs.chat import DEFAULT_TEMPLATE, Message, render_chat
@@ -44,6 +46,7 @@ __all__ = [
     "ABSENT",
     "DEFAULT_TEMPLATE",
     "DETECTED",
+    "EVAL_ROWS",
     "PREPROCESSOR_FILE",
     "TEMPLATE_FILE",
     "TOKENIZER_FILE",
@@ -80,6 +83,7 @@ __all__ = [
     "read_clips",
     "render_chat",
     "rescaled",
+    "rows_for",
     "split_digest",
     "text_batches",
     "train_tokenizer",

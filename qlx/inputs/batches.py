@@ -17,14 +17,21 @@ if TYPE_CHECKING:  # the runtime reads no recipe, and starts without the parser 
     from qlx.recipe import DataSection
 
 __all__ = [
+    "EVAL_ROWS",
     "Batch",
     "eval_batches",
     "image_batches",
     "keypoint_batch",
     "keypoint_batches",
     "pad_batch",
+    "rows_for",
     "text_batches",
 ]
+
+EVAL_ROWS = 32
+"""Examples that are scored at once."""
+_MOST_LOGITS = 2**26
+"""Most logits of texts that are scored at once: 256 MiB of float32, a few times over while they are scored."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,12 @@ def text_batches(items: Sequence[Encoded], pad_id: int, size: int) -> Iterator[B
         yield pad_batch(items[start : start + size], pad_id)
 
 
+def rows_for(items: Sequence[Encoded], codec: TextCodec) -> int:
+    """How many texts to score at once: `EVAL_ROWS`, or fewer where their logits would take too much memory."""
+    longest, vocabulary = max(len(item.ids) for item in items), codec.tokenizer.get_vocab_size()
+    return max(1, min(EVAL_ROWS, _MOST_LOGITS // (longest * int(vocabulary))))
+
+
 def image_batches(split: ImageSplit, preprocessor: ImagePreprocessor, size: int) -> Iterator[Batch]:
     """Batches in the given order: `pixel_values` float32 [n, 3, H, W]."""
     for start in range(0, len(split), size):
@@ -92,7 +105,7 @@ def eval_batches(
     directory: Path,
     *,
     split: Split = "eval",
-    size: int = 32,
+    size: int = EVAL_ROWS,
     completion_only: bool = True,
 ) -> Iterator[Batch]:
     """The examples a data section holds out, prepared with the files of a model or checkpoint directory.
@@ -111,4 +124,4 @@ def eval_batches(
     codec = TextCodec.from_directory(directory)
     limit = data.eval_limit if split == "eval" else data.train_limit
     items = encode_split(loaded, codec, data, completion_only=completion_only, limit=limit)
-    yield from text_batches(items, codec.pad_id, size)
+    yield from text_batches(items, codec.pad_id, min(size, rows_for(items, codec)))

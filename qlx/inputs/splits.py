@@ -155,16 +155,24 @@ def _folder_split(data: "DataSection", split: Split) -> ImageSplit:
         )
     held_out = next((root / name for name in _EVAL_NAMES if (root / name).is_dir()), None)
     if held_out is not None and (root / "train").is_dir():
-        return _folder(root / "train" if split == "train" else held_out, _classes(root / "train"))
+        part = root / "train" if split == "train" else held_out
+        return _shuffled(_folder(part, _classes(root / "train")), data)
     return _chosen(_folder(root, _classes(root)), data, split)
 
 
 def _chosen(everything: ImageSplit, data: "DataSection", split: Split) -> ImageSplit:
     """The part of images that come undivided."""
-    chosen = _indices(len(everything), data, split)
-    return ImageSplit(
-        [everything.images[at] for at in chosen], everything.labels[chosen], everything.classes
-    )
+    return _ordered(everything, _indices(len(everything), data, split))
+
+
+def _shuffled(split: ImageSplit, data: "DataSection") -> ImageSplit:
+    """Images that come divided, class by class, in an order of which any beginning has all classes."""
+    order = np.random.default_rng([data.seed, 0]).permutation(len(split))
+    return _ordered(split, order)
+
+
+def _ordered(split: ImageSplit, order: NDArray[np.int64]) -> ImageSplit:
+    return ImageSplit([split.images[at] for at in order], split.labels[order], split.classes)
 
 
 def _table_split(root: Path, data: "DataSection", split: Split) -> ImageSplit:
@@ -174,9 +182,10 @@ def _table_split(root: Path, data: "DataSection", split: Split) -> ImageSplit:
         return _chosen(_table(train or table_files(root, ("",)) or [root]), data, split)
     known = _table(train)
     if split == "train":
-        return known
+        return _shuffled(known, data)
     found = _table(held_out)
-    return ImageSplit(found.images, _renumbered(found, known.classes, held_out[0]), known.classes)
+    labels = _renumbered(found, known.classes, held_out[0])
+    return _shuffled(ImageSplit(found.images, labels, known.classes), data)
 
 
 def _renumbered(split: ImageSplit, classes: tuple[str, ...], where: Path) -> NDArray[np.int64]:

@@ -13,6 +13,8 @@ from qlx.inputs.text import TextExample
 
 __all__ = ["read_examples"]
 
+_LONGEST_FIELD = 2**31 - 1
+"""Characters of a csv file's field; the csv module's own limit is 131 072, less than a long text has."""
 _ROLES = ("system", "user", "assistant")
 
 
@@ -61,11 +63,14 @@ def _jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    csv.field_size_limit(_LONGEST_FIELD)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, strict=True)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputRefused(f"{path}: not a UTF-8 csv file ({error})") from error
+    except UnicodeDecodeError as error:
+        raise InputRefused(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise InputRefused(f"{path}: not a csv file ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:

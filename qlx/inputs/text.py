@@ -59,14 +59,19 @@ def load_tokenizer(directory: Path) -> Any:
         raise InputRefused(
             f"{path}: missing; save the model with a fast tokenizer (tokenizer.json)"
         )
-    tokenizers = require("tokenizers", "train")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-    except Exception as error:
-        raise CorruptCheckpoint(f"{path}: not a tokenizer ({error})") from error
+    tokenizer = _parsed(path.read_bytes(), path)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _parsed(content: bytes, path: Path) -> Any:
+    """A `tokenizers.Tokenizer` of its file's content; `path` is named where it is none."""
+    tokenizers = require("tokenizers", "train")
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:
+        raise CorruptCheckpoint(f"{path}: not a tokenizer ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,10 @@ def _token_text(value: Any) -> str | None:
 def _template(directory: Path, config: Mapping[str, Any]) -> str:
     path = directory / TEMPLATE_FILE
     if path.is_file():
-        return path.read_text("utf-8")
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptCheckpoint(f"{path}: not UTF-8 text ({error})") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {
@@ -278,11 +286,12 @@ def with_tokens(
 
     Raises:
         InputRefused: one is in the vocabulary already, or the tokenizer cannot take it.
+        CorruptCheckpoint: the file does not parse.
     """
     if not tokens:
         return dict(files), ()
     library = require("tokenizers", "train")
-    tokenizer = library.Tokenizer.from_str(files[TOKENIZER_FILE].decode())
+    tokenizer = _parsed(files[TOKENIZER_FILE], Path(TOKENIZER_FILE))
     known = set(tokenizer.get_vocab(with_added_tokens=True).values())
     for token in tokens:
         if tokenizer.token_to_id(token) is not None:

@@ -1,6 +1,7 @@
 """Recipes: the user's YAML, read strictly into typed sections."""
 
 from qlx.recipe.load import load_recipe
+from qlx.recipe.patterns import refused_pattern
 from qlx.recipe.schema import (
     AdapterSection,
     ArchitectureSection,
@@ -24,4 +25,5 @@ __all__ = [
     "TrainingSection",
     "json_schema",
     "load_recipe",
+    "refused_pattern",
 ]

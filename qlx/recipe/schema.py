@@ -3,7 +3,6 @@
 Unknown fields are refused. `docs/recipes.md` explains the fields; `recipes/` holds complete examples.
 """
 
-import re
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
@@ -17,6 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from qlx.checkpoint import Task, bytes_digest, canonical_json
+from qlx.recipe.patterns import refused_pattern
 
 __all__ = [
     "AdapterSection",
@@ -38,10 +38,8 @@ Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd
 
 
 def _regular_expression(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is no regular expression: {error}") from error
+    if (why := refused_pattern(text)) is not None:
+        raise ValueError(f"{text[:80]!r}: {why}")
     return text
 
 
@@ -141,6 +139,9 @@ class BaseSection(_Section):
     def _one_of(self) -> Self:
         if (self.path is None) == (self.from_scratch is None):
             raise ValueError("give exactly one of path and from_scratch")
+        for field, unused in (("dtype", self.dtype != "float32"), ("revision", self.revision)):
+            if self.from_scratch is not None and unused:
+                raise misfit(field, "a model from scratch is made in float32: leave it out")
         return self
 
 

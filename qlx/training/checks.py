@@ -32,7 +32,7 @@ from qlx.models import (
 )
 from qlx.recipe import Recipe
 from qlx.training.job import base_quantization, new_head, quant_spec, starts_from_vit
-from qlx.training.material import frame_preprocessor, given_template
+from qlx.training.material import frame_preprocessor, given_template, require_room
 from qlx.training.progress import check_reporting
 from qlx.training.tags import tag_of
 from qlx.training.trainers import check_optimizer
@@ -209,6 +209,8 @@ def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
     config, frames = None, recipe.data.frames
     if base is None:
         assert recipe.base.from_scratch is not None
+        if isinstance(train, TextSplit):
+            require_room(recipe, base)
         config = build_config(recipe.base.from_scratch, labels=labels, frames=frames)
     elif labels is not None and starts_from_vit(recipe, base):
         config = config_from_vit(base, labels, frames)
@@ -218,6 +220,7 @@ def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
     assert base is not None
     read_config(base, recipe.task)
     if isinstance(train, TextSplit):
+        require_room(recipe, base)
         _check_template(recipe, TextCodec.from_directory(base), train)
     elif isinstance(train, KeypointSplit):
         frame_preprocessor(recipe, base)

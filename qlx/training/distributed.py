@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -22,6 +23,8 @@ from qlx.errors import CheckFailed, Interrupted, UsageError, require
 __all__ = ["Process", "join_processes", "launch", "this_process"]
 
 
+_LONGEST_WAIT = timedelta(hours=6)
+"""For other processes: while the first one writes, reads back and replays a large run, they do nothing."""
 _PATIENCE_SECONDS = (
     5.0  # an error of all processes comes within moments; their engine looks every 0.1 s
 )
@@ -93,7 +96,8 @@ def join_processes() -> Process:
     if process.count > 1:
         import torch
 
-        require("accelerate", "train").PartialState(cpu=not torch.cuda.is_available())
+        state = require("accelerate", "train").PartialState
+        state(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
     return process
 
 

@@ -160,4 +160,5 @@ class HeldOut:
         seen = load_json(directory / _SEEN_FILE)
         self.best_step, self.since = seen["best_step"], seen["since"]
         self.best_loss = float("inf") if seen["best_loss"] is None else seen["best_loss"]
-        self.weights = read_tensors(directory / _BEST_FILE)
+        if self.process.first:
+            self.weights = read_tensors(directory / _BEST_FILE)

@@ -37,6 +37,7 @@ from qlx.training.material import (
     Material,
     TextMaterial,
     load_material,
+    material_digest,
 )
 from qlx.training.progress import Reporter
 from qlx.training.trainable import require_only_adapter
@@ -68,9 +69,13 @@ class Job:
 
     @property
     def belongs_to(self) -> str:
-        """Identity of the training: the recipe, the weights it starts from, the number of processes."""
+        """Identity of the training: the recipe, what it starts from and reads, the number of processes.
+
+        The recipe comes first, so that it can be compared before anything is loaded.
+        """
         start = "" if self.source is None else self.source.fingerprint
-        return f"{self.recipe.digest} {start} {this_process().count}"
+        read = material_digest(self.material)
+        return f"{self.recipe.digest} {start} {this_process().count} {read}"
 
 
 def quant_spec(section: QuantizationSection | None, stored_dtype: str) -> QuantSpec:

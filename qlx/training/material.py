@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlx.checkpoint import bytes_digest, canonical_json
 from qlx.errors import InputRefused, Mismatch, require
 from qlx.inputs import (
+    EVAL_ROWS,
     PREPROCESSOR_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILES,
@@ -22,6 +24,8 @@ from qlx.inputs import (
     keypoint_batch,
     keypoint_batches,
     load_split,
+    load_tokenizer,
+    rows_for,
     split_digest,
     text_batches,
     train_tokenizer,
@@ -34,6 +38,7 @@ GENERATION_FILE = "generation_config.json"
 
 __all__ = [
     "GENERATION_FILE",
+    "DataDigests",
     "ImageMaterial",
     "KeypointMaterial",
     "Material",
@@ -41,9 +46,17 @@ __all__ = [
     "frame_preprocessor",
     "given_template",
     "load_material",
+    "material_digest",
+    "require_room",
 ]
 
-_EVAL_ROWS = 32
+
+@dataclass(frozen=True)
+class DataDigests:
+    """`sha256:…` of the examples to train on, and of those held out, before any limit on texts."""
+
+    train: str
+    held_out: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class ImageMaterial:
     evaluation: ImageSplit
     preprocessor: ImagePreprocessor
     files: dict[str, bytes]
-    digest: str
+    digests: DataDigests
 
     @property
     def labels(self) -> Labels:
@@ -68,7 +81,7 @@ class ImageMaterial:
 
     def batches(self) -> Iterator[Batch]:
         """The held-out examples."""
-        return image_batches(self.evaluation, self.preprocessor, _EVAL_ROWS)
+        return image_batches(self.evaluation, self.preprocessor, EVAL_ROWS)
 
     def probe(self, recipe: Recipe) -> Batch:
         """The first held-out images."""
@@ -83,7 +96,7 @@ class KeypointMaterial:
     evaluation: KeypointSplit
     preprocessor: ImagePreprocessor
     files: dict[str, bytes]
-    digest: str
+    digests: DataDigests
 
     @property
     def labels(self) -> Labels:
@@ -97,7 +110,7 @@ class KeypointMaterial:
 
     def batches(self) -> Iterator[Batch]:
         """The held-out examples."""
-        return keypoint_batches(self.evaluation, self.preprocessor, _EVAL_ROWS)
+        return keypoint_batches(self.evaluation, self.preprocessor, EVAL_ROWS)
 
     def probe_items(self, count: int) -> list[int]:
         """The held-out examples that a probe keeps: spread over the clips, as neighbours are alike."""
@@ -121,7 +134,7 @@ class TextMaterial:
     evaluation: list[Encoded]
     codec: TextCodec
     files: dict[str, bytes]
-    digest: str
+    digests: DataDigests
     examples: TextSplit
     new_ids: tuple[int, ...] = ()
 
@@ -132,7 +145,9 @@ class TextMaterial:
 
     def batches(self) -> Iterator[Batch]:
         """The held-out examples."""
-        return text_batches(self.evaluation, self.codec.pad_id, _EVAL_ROWS)
+        return text_batches(
+            self.evaluation, self.codec.pad_id, rows_for(self.evaluation, self.codec)
+        )
 
     def probe(self, recipe: Recipe) -> Batch:
         """The ends of the first held-out texts."""
@@ -158,6 +173,13 @@ class TextMaterial:
 Material = ImageMaterial | KeypointMaterial | TextMaterial
 
 
+def material_digest(material: Material) -> str:
+    """Identity of all that a training reads beside its base: examples, and how they are prepared."""
+    known = {name: bytes_digest(data) for name, data in material.files.items()}
+    digests = [material.digests.train, material.digests.held_out]
+    return bytes_digest(canonical_json({"data": digests, "files": known}))
+
+
 def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
     """Read a recipe's data and prepare it with the base's files, or with new ones where there is no base.
 
@@ -165,11 +187,11 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
         InputRefused: the data, or the base's preprocessing files, are missing or unusable.
     """
     train, evaluation = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
-    digest = split_digest(train)
+    digests = DataDigests(split_digest(train), split_digest(evaluation))
     if isinstance(train, KeypointSplit) and isinstance(evaluation, KeypointSplit):
         preprocessor = frame_preprocessor(recipe, base)
         files = {PREPROCESSOR_FILE: preprocessor.to_bytes()}
-        return KeypointMaterial(train, evaluation, preprocessor, files, digest)
+        return KeypointMaterial(train, evaluation, preprocessor, files, digests)
     if isinstance(train, ImageSplit) and isinstance(evaluation, ImageSplit):
         preprocessor = _preprocessor(recipe, base)
         files = {
@@ -177,9 +199,10 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
             if base is None
             else (base / PREPROCESSOR_FILE).read_bytes()
         }
-        return ImageMaterial(train, evaluation, preprocessor, files, digest)
+        return ImageMaterial(train, evaluation, preprocessor, files, digests)
     assert isinstance(train, TextSplit)
     assert isinstance(evaluation, TextSplit)
+    require_room(recipe, base)
     files = _tokenizer_files(recipe, base, train)
     new_tokens = recipe.adapter.new_tokens if recipe.adapter else ()
     files, new_ids = with_tokens(files, new_tokens)
@@ -192,7 +215,7 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
         ),
         codec=codec,
         files=files,
-        digest=digest,
+        digests=digests,
         examples=evaluation,
         new_ids=new_ids,
     )
@@ -233,9 +256,30 @@ def frame_preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
     )
 
 
+def require_room(recipe: Recipe, base: Path | None) -> None:
+    """Check that the model has a position for every token of a text.
+
+    Raises:
+        Mismatch: texts may be longer than the model's context.
+    """
+    room: int | None
+    if base is None:
+        assert recipe.base.from_scratch is not None
+        room, where = recipe.base.from_scratch.max_length, "base.from_scratch.max_length"
+    else:
+        room = getattr(model_config(base, "causal-lm"), "max_position_embeddings", None)
+        where = f"{base}: max_position_embeddings of config.json"
+    if room is not None and recipe.data.max_length > room:
+        raise Mismatch(
+            f"data.max_length is {recipe.data.max_length}, and {where} is {room}: lower the first, or raise the second "
+            "where the model takes more"
+        )
+
+
 def _tokenizer_files(recipe: Recipe, base: Path | None, train: TextSplit) -> dict[str, bytes]:
     given = given_template(recipe)
     if base is not None:
+        load_tokenizer(base)  # what is missing or no tokenizer is named here
         wanted = (*TOKENIZER_FILES, GENERATION_FILE)
         files = {name: (base / name).read_bytes() for name in wanted if (base / name).is_file()}
         if any(example.messages for example in train.examples[:1]):

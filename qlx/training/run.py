@@ -261,7 +261,8 @@ def _samples(model: Any, job: Job, probe: Probe) -> list[Sample]:
         return keypoint_samples(
             material.evaluation, material.probe_items(job.recipe.probe.count), probe
         )
-    return text_samples(model, material.codec, material.examples)
+    longest = job.recipe.data.max_length
+    return text_samples(model, material.codec, material.examples, longest)
 
 
 def _manifest(job: Job, steps: int, found: dict[str, Any]) -> Manifest:
@@ -269,7 +270,8 @@ def _manifest(job: Job, steps: int, found: dict[str, Any]) -> Manifest:
     recipe, source = job.recipe, job.source
     options = {
         "data": _portable(recipe),
-        "data_digest": job.material.digest,
+        "data_digest": job.material.digests.train,
+        "held_out_digest": job.material.digests.held_out,
         "completion_only": recipe.training.completion_only,
         "steps": steps,
         **found,

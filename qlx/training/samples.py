@@ -169,12 +169,18 @@ def _thumbnail(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def text_samples(model: Any, codec: TextCodec, split: TextSplit) -> list[Sample]:
-    """The first held-out prompts with greedy answers, the adapter off and on; none for plain texts."""
+def text_samples(model: Any, codec: TextCodec, split: TextSplit, longest: int) -> list[Sample]:
+    """The first held-out prompts with greedy answers, the adapter off and on; none for plain texts.
+
+    Of a prompt of more than `longest` tokens, or more than the model has room for, the end is given.
+    """
     chosen = [example for example in split.examples if example.prompt or example.messages][:_TEXTS]
+    positions = getattr(model.config, "max_position_embeddings", None) or longest + _NEW_TOKENS
+    room = max(1, min(longest, positions - _NEW_TOKENS))
     samples = []
     for example in chosen:
         prompt, completion = codec.parts(example)
+        prompt = prompt[-room:]
         before = ""
         if hasattr(model, "disable_adapter"):
             with model.disable_adapter():
@@ -188,12 +194,15 @@ def text_samples(model: Any, codec: TextCodec, split: TextSplit) -> list[Sample]
 def greedy(model: nn.Module, prompt: list[int], codec: TextCodec, count: int) -> list[int]:
     """At most `count` tokens after a prompt, the likeliest each time, up to the end token."""
     device = device_of(model)
-    ids = list(prompt)
+    fed, cache, answer = prompt, None, list[int]()
     with torch.inference_mode():
-        while len(ids) < len(prompt) + count:
-            logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits
-            token = int(logits[0, -1].argmax())
+        while len(answer) < count:
+            ids = torch.tensor([fed], device=device)
+            outputs = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = outputs.past_key_values
+            token = int(outputs.logits[0, -1].argmax())
             if token == codec.end_id:
                 break
-            ids.append(token)
-    return ids[len(prompt) :]
+            answer.append(token)
+            fed = [token]
+    return answer

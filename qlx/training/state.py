@@ -110,11 +110,11 @@ def open_state(directory: Path, belongs_to: str) -> Path:
 
     Raises:
         CorruptCheckpoint: a file is not as it was written.
-        Mismatch: it was saved by another recipe, for another base or by more or fewer processes.
+        Mismatch: it was saved by another recipe, for another base, from other data or by more or fewer processes.
     """
     state = open_checkpoint(directory)
     if load_json(state.path / _BELONGS_FILE) != {"belongs_to": belongs_to}:
-        raise Mismatch(_other(directory, "base or number of processes"))
+        raise Mismatch(_other(directory, "base, other data or another number of processes"))
     return state.path
 
 
@@ -131,7 +131,7 @@ def require_recipe(directory: Path, digest: str) -> None:
 
 def _other(directory: Path, what: str) -> str:
     return (
-        f"{directory}: saved with another {what}; go on with that one (and the same --set), "
+        f"{directory}: saved with another {what}; go on with the same (and the same --set), "
         "or start anew with --force instead of --resume"
     )
 

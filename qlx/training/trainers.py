@@ -291,7 +291,7 @@ def heatmap_trainer(
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
         ) -> Any:
-            if hasattr(self.model, "peft_config"):
+            if hasattr(self.model, "disable_adapter"):
                 hold_statistics(self.model)
             outputs = model(pixel_values=inputs["pixel_values"])
             loss = focal_loss(outputs.heatmaps, inputs["labels"])

@@ -118,7 +118,7 @@ def test_other_methods_are_refused(kind, tmp_path):
         ({"r": True}, CorruptCheckpoint),
         ({"lora_alpha": -1}, CorruptCheckpoint),
         ({"rank_pattern": {"q_proj": 2.5}}, CorruptCheckpoint),
-        ({"rank_pattern": {"q_(": 4}}, CorruptCheckpoint),
+        ({"rank_pattern": {"q_(": 4}}, UnsafeInput),
         ({"target_modules": [1]}, CorruptCheckpoint),
         ({"bias": "some"}, Unsupported),
         ({"alpha_pattern": {"(a+)+b": 4}}, UnsafeInput),

@@ -18,6 +18,7 @@ from qlx.inputs import (
     eval_batches,
     load_split,
     pad_batch,
+    rows_for,
     split_digest,
     train_tokenizer,
 )
@@ -167,11 +168,22 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
             r"line 2: not UTF-8 text \(byte 13",
         ),
         ("utf16.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1: not UTF-8"),
-        ("latin.csv", b"text\ncaf\xe9\n", "not a UTF-8 csv"),
+        ("latin.csv", b"text\ncaf\xe9\n", "not UTF-8 text"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputRefused, match=match):
             load_split(section(source="text", path=str(tmp_path / name)), "train")
+
+
+def test_a_field_of_a_csv_file_may_be_long(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text("text\n" + "x" * 200_000 + "\n" + "y" * 4 + "\n")
+    data = section(source="text", path=str(path), eval_fraction=0.5)
+    (train,), (held_out,) = (load_split(data, part).examples for part in ("train", "eval"))
+    assert {len(train.completion), len(held_out.completion)} == {200_000, 4}
+    path.write_text('text\n"a" b\n')
+    with pytest.raises(InputRefused, match=r"long\.csv: not a csv file"):
+        load_split(data, "train")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -236,6 +248,24 @@ def test_image_folder_with_its_own_splits(image_folder, tmp_path):
     assert [path.name for path in load_split(data, "eval").images] == ["1.png", "1.png"]
 
 
+def test_a_part_of_divided_images_has_all_classes(image_folder, tmp_path_factory):
+    """They come class by class, so that a limit or a probe would see the first class alone."""
+    root = tmp_path_factory.mktemp("divided")
+    for part in ("train", "val"):
+        (root / part).symlink_to(image_folder)
+    limits = {"train_limit": 5, "eval_limit": 5}
+    data = section(source="images", path=str(root), **limits)
+    for part in ("train", "eval"):
+        split = load_split(data, part)
+        assert len(split) == 5
+        assert set(split.labels.tolist()) == {0, 1}
+        assert [path.parent.name for path in split.images] == [
+            split.classes[at] for at in split.labels
+        ]
+        again, other = load_split(data, part), load_split(data.model_copy(update={"seed": 1}), part)
+        assert again.images == split.images != other.images
+
+
 def test_bad_image_folders_are_refused(tmp_path):
     data = section(source="images", path=str(tmp_path))
     with pytest.raises(InputRefused, match="one directory per class"):
@@ -244,6 +274,15 @@ def test_bad_image_folders_are_refused(tmp_path):
         (tmp_path / name).mkdir()
     with pytest.raises(InputRefused, match="no images"):
         load_split(data, "train")
+
+
+def test_long_texts_of_many_tokens_are_scored_a_few_at_a_time(codec, monkeypatch):
+    vocabulary = codec.tokenizer.get_vocab_size()
+    items = [Encoded([5] * length, [5] * length) for length in (3, 100)]
+    assert rows_for(items, codec) == 32
+    for rows in (40, 7, 1, 0):
+        monkeypatch.setattr("qlx.inputs.batches._MOST_LOGITS", rows * 100 * vocabulary)
+        assert rows_for(items, codec) == min(32, max(1, rows))
 
 
 def test_padding_is_on_the_right():

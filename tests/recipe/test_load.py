@@ -117,6 +117,18 @@ def test_errors_name_file_line_and_field(tmp_path: Path, old: str, new: str, say
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("field", ["dtype: bfloat16", "revision: main"])
+def test_a_model_from_scratch_takes_no_dtype_or_revision(tmp_path: Path, field: str) -> None:
+    scratch = f"from_scratch: {{model_type: vit}}\n  {field}"
+    text = TEXT.replace(
+        next(line.strip() for line in TEXT.splitlines() if "path:" in line), scratch
+    )
+    with pytest.raises(
+        RecipeError, match=rf"base\.{field.split(':')[0]}: .*made in float32: leave it out"
+    ):
+        load_recipe(recipe_file(tmp_path, text))
+
+
 def test_bombs_and_binaries_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     for data in (b"\xff\xfe", b"a" * (2**20 + 1), b"[" * 5000, b"- x", b""):
@@ -125,6 +137,24 @@ def test_bombs_and_binaries_are_refused(tmp_path: Path) -> None:
             load_recipe(path)
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("(layers)+.q_proj", "a repeated group"),
+        (r"\\d+\\.\\w+\\.\\w+\\.\\w*q_proj", "more than 3 of"),
+        ("q" * 301, "longer than 300"),
+    ],
+)
+def test_a_pattern_that_no_reader_of_the_adapter_would_match_is_refused_before_training(
+    tmp_path: Path, pattern: str, says: str
+) -> None:
+    path = recipe_file(tmp_path, TEXT.replace("rank: 8", f'rank_pattern: {{"{pattern}": 3}}'))
+    with pytest.raises(RecipeError, match=rf"line 7: adapter\.rank_pattern.*{says}"):
+        load_recipe(path)
+    usual = TEXT.replace("rank: 8", r'rank_pattern: {"(model\\.)?layers\\.[01]\\.q_proj": 3}')
+    assert load_recipe(recipe_file(tmp_path, usual)).adapter is not None
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

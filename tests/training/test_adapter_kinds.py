@@ -1,6 +1,7 @@
 """Every kind of adapter from its recipe to the merged model, on plain and on quantized bases."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch
 from qlx.adapters import initial
 from qlx.checkpoint import read_probe, resolve_source
 from qlx.cli.trial import try_adapter
-from qlx.errors import InputRefused, Unsupported
+from qlx.errors import CorruptCheckpoint, InputRefused, Unsupported
 from qlx.exporting import export_onnx
 from qlx.merging import merge
 from qlx.models import forward_logits, load_model
 from qlx.packing import pack
 from qlx.training import check, save_adapter, train
+from qlx.training.material import load_material
 from qlx.training.trainers import StrictTrainer
 from qlx.verification import evaluate, verify
 from qlx.weights import read_tensors
@@ -256,6 +258,19 @@ def test_a_token_that_is_there_already_is_refused(python_base, calls, tmp_path):
     for attempt in (check, lambda r: train(r, tmp_path / "run")):
         with pytest.raises(InputRefused, match=r"new_tokens: '<\|user\|>' is in the base's voc"):
             attempt(recipe)
+
+
+def test_a_base_without_its_tokenizer_is_named(python_base, calls, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(python_base, base)
+    data, adapter = {"source": "text", "path": str(calls)}, {"new_tokens": ("<|call|>",)}
+    recipe = recipe_of(PYTHON_RUN, base, data=data, adapter=adapter, training=SHORT)
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(CorruptCheckpoint, match=r"tokenizer\.json: not a tokenizer"):
+        load_material(recipe, base, tmp_path)
+    (base / "tokenizer.json").unlink()
+    with pytest.raises(InputRefused, match=r"base.tokenizer\.json: missing"):
+        load_material(recipe, base, tmp_path)
 
 
 def test_an_adapter_with_swapped_rows_would_be_noticed(python_base, calls, tmp_path):

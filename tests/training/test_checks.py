@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from qlx.errors import InputRefused, Unsupported
+from qlx.errors import InputRefused, Mismatch, Unsupported
 from qlx.planning import plan_recipe
 from qlx.recipe import load_recipe
-from qlx.training import check, parameter_table
-from tests.conftest import DIGITS_BASE, DIGITS_RUN, PYTHON_RUN, recipe_of
+from qlx.training import check, parameter_table, train
+from tests.conftest import DIGITS_BASE, DIGITS_RUN, PYTHON_BASE, PYTHON_RUN, recipe_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -83,6 +83,17 @@ def test_model_built_from_nothing():
 def test_names_that_match_nothing_are_told(sections, match, digits_base):
     with pytest.raises(Unsupported, match=match):
         check(recipe_of(DIGITS_RUN, digits_base, **sections))
+
+
+def test_texts_longer_than_the_context_are_told(python_base, tmp_path):
+    data = {**PYTHON_RUN["data"], "max_length": 129}
+    long = recipe_of(PYTHON_RUN, python_base, data=data)
+    for attempt in (check, lambda recipe: train(recipe, tmp_path / "run")):
+        with pytest.raises(Mismatch, match=r"max_length is 129, and .*config\.json is 128: lower"):
+            attempt(long)
+    start = {"from_scratch": {**PYTHON_BASE["base"]["from_scratch"], "max_length": 60}}
+    with pytest.raises(Mismatch, match=r"and base\.from_scratch\.max_length is 60"):
+        check(recipe_of({**PYTHON_BASE, "base": start}))
 
 
 def test_a_rank_above_every_targets_is_told(digits_base):

@@ -21,6 +21,7 @@ from qlx.planning import plan_recipe
 from qlx.recipe import DataSection, Recipe
 from qlx.training import check, train
 from qlx.training.heatmaps import HeatmapDataset, focal_loss
+from qlx.verification import verify
 from qlx.weights import open_weights, read_tensors, write_tensors
 from tests.conftest import TENNIS_BASE, TENNIS_RUN, recipe_of
 from tests.training.test_resume import _digests, _run
@@ -291,6 +292,22 @@ def test_an_adapter_leaves_the_statistics_of_its_base(classic_base, tennis_clips
         assert torch.equal(merged[f"head.batchnorm1.{name}"], before[f"head.batchnorm1.{name}"])
     assert torch.equal(merged["head.conv.weight"], before["head.conv.weight"]) is not bool(saved)
     export_onnx(tmp_path / "merged", tmp_path / "onnx")
+
+
+def test_an_exact_adapter_leaves_the_statistics_of_its_base(classic_base, tennis_clips, tmp_path):
+    """The run replays (which training checks): it was trained with what is stored."""
+    codes = {"quant_type": "int8", "group_size": 32, "skip_modules": ["head"]}
+    recipe = recipe_of(
+        TENNIS_RUN,
+        classic_base,
+        data=clips(tennis_clips / "bright"),
+        training=TWO_STEPS,
+        adapter={"rank": 4, "alpha": 6, "exact": True},
+        quantization=codes,
+    )
+    run = train(recipe, tmp_path / "run")
+    assert run.manifest.adapter.type == "exact"
+    assert verify(run.path, base=classic_base).passed
 
 
 def test_a_head_with_statistics_is_not_saved_whole(classic_base, tennis_clips):

@@ -1,5 +1,6 @@
 """A training killed at any step, resumed, ends in the bytes of an unbroken one."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from transformers.optimization import Adafactor
 
 from qlx.checkpoint import bytes_digest, open_checkpoint
 from qlx.errors import CorruptCheckpoint, Mismatch, Unsupported, UsageError
+from qlx.inputs import load_split, split_digest
 from qlx.recipe import Recipe
 from qlx.training import check, interrupted_at, train
 from qlx.training.distributed import Process
@@ -113,6 +115,39 @@ def _check_refusals(recipe, output):
     with pytest.raises(CorruptCheckpoint, match="optimizer"):
         train(recipe, output, resume=True)
     (state / "optimizer.safetensors").write_bytes(whole)
+
+
+def test_a_training_does_not_go_on_with_other_data(python_base, tmp_path):
+    """Neither other examples to train on, nor others held out, nor another template."""
+    path, template = tmp_path / "rows.jsonl", tmp_path / "chat.jinja"
+    rows = [{"messages": [{"role": role, "content": f"{role} {at:02}"} for role in ("user", "assistant")]}
+            for at in range(20)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    data = {
+        "source": "text",
+        "path": str(path),
+        "chat_template": str(template),
+        "eval_fraction": 0.2,
+    }
+    training = {**SHORT, "batch_size": 4, "max_steps": 6, "completion_only": False}
+    recipe = recipe_of(PYTHON_RUN, python_base, data=data, training=training)
+    assert _run(recipe, tmp_path / "run", 5) == -signal.SIGKILL
+    answers = [load_split(recipe.data, part).examples[0].messages[1] for part in ("train", "eval")]
+    for file, word in (
+        (path, answers[0]["content"]),
+        (path, answers[1]["content"]),
+        (template, ": "),
+    ):
+        whole = file.read_text()
+        file.write_text(whole.replace(f"{word}", f"{word}!"))
+        with pytest.raises(Mismatch, match="saved with another base, other data or"):
+            train(recipe, tmp_path / "run", resume=True)
+        file.write_text(whole)
+    run = train(recipe, tmp_path / "run", resume=True)
+    options = run.manifest.lineage[-1].options
+    digests = [split_digest(load_split(recipe.data, part)) for part in ("train", "eval")]
+    assert [options["data_digest"], options["held_out_digest"]] == digests
 
 
 @pytest.mark.exhaustive

@@ -2,9 +2,36 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from qlx.training.samples import _tint
+from qlx.inputs import TextCodec, TextExample, TextSplit
+from qlx.models import load_base
+from qlx.training.samples import _tint, greedy, text_samples
+
+
+def test_answers_are_the_likeliest_tokens_and_prompts_are_cut_to_the_room_there_is(python_base):
+    model, codec = load_base(python_base, "causal-lm").eval(), TextCodec.from_directory(python_base)
+    fed = []
+    model.register_forward_pre_hook(
+        lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    text = TextExample(completion="for i in range")
+    prompt = codec.encode(text, 64, completion_only=False)[0][:-1]  # without the end
+    answer, ids = greedy(model, prompt, codec, 8), list(prompt)
+    with torch.inference_mode():
+        for token in answer:
+            assert (
+                int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+                == token
+            )
+            ids.append(token)
+    assert len(answer) == 8 > len(set(answer)) > 3
+    long = TextSplit((TextExample(prompt="def add(a, b):\n" * 100, completion="    return"),))
+    for longest, most in ((1000, 96), (50, 50)):
+        fed.clear()
+        assert len(text_samples(model, codec, long, longest)) == 1
+        assert max(fed) == most
 
 
 @pytest.mark.parametrize("sure", [True, False])
