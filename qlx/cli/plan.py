@@ -63,7 +63,7 @@ def command(
         table = planning.size_table(counts, ranks or planning.DEFAULT_RANKS, setup)
         session.emit(render_plan.table_data(table, available), render_plan.print_table)
         return 0
-    shape, setup = _asked(recipe, overrides, sizes)
+    shape, setup = _asked(recipe, overrides, sizes, changes["device"] or "cuda")
     planning.check_rank(shape, max(ranks, default=0 if setup.adapter == "vera" else setup.rank))
     plan = planning.plan_shape(shape, _changed(setup, ranks, changes))
     nearest = planning.suggest(shape, plan.setup, available or 0) if suggest else None
@@ -94,7 +94,7 @@ def _check_options(
 
 
 def _asked(
-    recipe: Path | None, overrides: tuple[str, ...], sizes: tuple[str, ...]
+    recipe: Path | None, overrides: tuple[str, ...], sizes: tuple[str, ...], device: str
 ) -> tuple["Shape", "Setup"]:
     from qlx import planning
     from qlx.recipe import load_recipe
@@ -102,18 +102,22 @@ def _asked(
     if recipe is None:
         return planning.shape_from_count(planning.parse_count(sizes[0])), planning.Setup()
     loaded = load_recipe(recipe, overrides)
-    return planning.base_shape(loaded.base), planning.recipe_setup(loaded)
+    return planning.base_shape(loaded.base), planning.recipe_setup(loaded, device)
 
 
 def _changed(setup: "Setup", ranks: tuple[int, ...], changes: dict[str, Any]) -> "Setup":
-    """The setup with the options that were given; one --rank replaces its rank."""
+    """The setup with the options that were given; one --rank replaces its rank.
+
+    A --format that the setup has already leaves its groups and its double quantization as they are.
+    """
     from dataclasses import replace
 
     from qlx.planning import weight_format
 
     given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
     if "weights" in given:
-        given["weights"] = weight_format(given["weights"])
+        same = given["weights"] == setup.weights.name
+        given["weights"] = setup.weights if same else weight_format(given["weights"])
     if len(ranks) > 1:
         raise click.UsageError("several --rank make sense with several --params only")
     if ranks:

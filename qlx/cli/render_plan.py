@@ -15,6 +15,7 @@ _CHANGES = {
     "weights": "base stored as",
     "checkpointing": "checkpointing",
 }
+_SWITCH = {True: "on", False: "off"}
 
 
 def plan_data(
@@ -39,10 +40,10 @@ def print_plan(console: "Console", data: Mapping[str, Any]) -> None:
         f"of width {shape['hidden']}; {format_count(data['trained_parameters'])} trained"
     )
     length = shape["tokens"] or setup["tokens"]
-    kind = f"base stored as {setup['weights']}, rank {setup['rank']}"
+    kind = f"base stored as {_shown(setup)['weights']}, rank {setup['rank']}"
     console.print(
         f"{kind if setup['rank'] else 'all weights trained'}, batch {setup['batch']} of "
-        f"{length} positions, checkpointing {'on' if setup['checkpointing'] else 'off'}"
+        f"{length} positions, checkpointing {_SWITCH[setup['checkpointing']]}"
     )
     table = Table("part", "memory", box=None, pad_edge=False)
     table.columns[1].justify = "right"
@@ -55,6 +56,8 @@ def print_plan(console: "Console", data: Mapping[str, Any]) -> None:
         f"activations {other} checkpointing: "
         f"{format_bytes(data[f'activations_{other}_checkpointing'])}"
     )
+    for note in data["notes"]:
+        console.print(f"note: {note}")
     if "fits" in data:
         verdict = "fits into" if data["fits"] else "does NOT fit into"
         console.print(f"{verdict} {format_bytes(data['available'])}")
@@ -67,15 +70,20 @@ def _print_suggestion(console: "Console", data: Mapping[str, Any]) -> None:
     if data["suggestion"] is None:
         console.print("suggestion: none; nothing fits, down to rank 4 and 128 positions")
         return
-    old, new = data["setup"], data["suggestion"]["setup"]
-    shown = {True: "on", False: "off"}
-    changes = [
-        f"{text} {shown.get(new[n], new[n]) if n == 'checkpointing' else new[n]}"
-        for n, text in _CHANGES.items()
-        if new[n] != old[n]
-    ]
+    old, new = _shown(data["setup"]), _shown(data["suggestion"]["setup"])
+    changes = [f"{text} {new[name]}" for name, text in _CHANGES.items() if new[name] != old[name]]
     total = format_bytes(data["suggestion"]["total"])
     console.print(f"suggestion: {', '.join(changes) or 'as it is'} → {total}")
+
+
+def _shown(setup: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a setup that a suggestion may change, as they are printed."""
+    double = " with double quantization" if setup["double_quant"] else ""
+    return {
+        **{name: setup[name] for name in _CHANGES},
+        "weights": f"{setup['weights']}{double}",
+        "checkpointing": _SWITCH[setup["checkpointing"]],
+    }
 
 
 def table_data(table: SizeTable, available: float | None) -> dict[str, Any]:

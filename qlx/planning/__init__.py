@@ -3,18 +3,11 @@
 Pure Python on numbers; nothing here reads weights or imports a numeric library.
 """
 
-from qlx.planning.memory import (
-    Parts,
-    Plan,
-    Setup,
-    WeightFormat,
-    check_rank,
-    plan_shape,
-    plan_size,
-    weight_format,
-)
+from qlx.planning.memory import Parts, Plan, check_rank, plan_shape, plan_size
+from qlx.planning.public import PUBLIC_SHAPES, shape_from_count
 from qlx.planning.recipes import base_shape, plan_recipe, recipe_setup
-from qlx.planning.shapes import PUBLIC_SHAPES, Shape, shape_from_config, shape_from_count
+from qlx.planning.setup import Setup, WeightFormat, weight_format
+from qlx.planning.shapes import Shape, shape_from_config
 from qlx.planning.suggest import DEFAULT_RANKS, DEFAULT_SIZES, SizeTable, size_table, suggest
 from qlx.planning.units import format_bytes, format_count, parse_bytes, parse_count
 

@@ -1,13 +1,13 @@
-"""Shapes of transformer models: from a config.json, a public model's name, or a parameter count."""
+"""Shapes of transformer models: the modules with parameters that a config.json describes, and their sizes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 from qlx.errors import Unsupported
-
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
+from qlx.planning.families import ATTENTION, FAMILIES, JOINED, MLP, Family
 
 # Names that adapters use for their targets, by the part of the layer that each stands for.
 ROLES_OF_TARGET: dict[str, tuple[str, ...]] = {
@@ -16,6 +16,7 @@ ROLES_OF_TARGET: dict[str, tuple[str, ...]] = {
     "k_proj": ("k",),
     "v_proj": ("v",),
     "o_proj": ("o",),
+    "qkv_proj": ("q", "k", "v"),
     "query": ("q",),
     "key": ("k",),
     "value": ("v",),
@@ -26,6 +27,7 @@ ROLES_OF_TARGET: dict[str, tuple[str, ...]] = {
     "out_proj": ("o",),
     "gate_proj": ("gate",),
     "up_proj": ("up",),
+    "gate_up_proj": ("gate", "up"),
     "down_proj": ("down",),
     "w1": ("gate",),
     "w2": ("up",),
@@ -33,6 +35,28 @@ ROLES_OF_TARGET: dict[str, tuple[str, ...]] = {
     "fc1": ("up",),
     "fc2": ("down",),
 }
+_EXPERTS = "mlp.experts"
+_MOST_LAYERS = 10_000  # parts are counted one by one, and a config.json can say anything
+_CLASSIC_WIDTH = 256  # of the deconvolutions, 4 × 4, in ViTPose's classic head
+
+
+class Part(NamedTuple):
+    """A module with parameters: its name, its weight's two sides, its biases.
+
+    `role` is a linear map's part of a layer, "" for what is never quantized. A `shared` weight is another module's.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    biases: int = 0
+    role: str = ""
+    shared: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Parameters of its weight."""
+        return self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
@@ -45,10 +69,16 @@ class Shape:
             kv_heads × head_dim.
         vocab: rows of the token embedding; 0 for a vision model.
         tied: the output head shares the embedding.
-        gated: the MLP has a gate matrix beside up and down (Llama); otherwise two matrices (ViT).
-        outputs: classes of a classification head.
-        other: parameters beside layers, token embedding and head (patch and position embeddings).
+        outputs: classes of a classification head, or keypoints.
+        other: parameters beside those of the family's modules.
         tokens: fixed sequence length of a vision model; 0 where the caller chooses it.
+        family: the model type, a key of `FAMILIES`: names of modules, and which there are.
+        biased: roles of the linear maps that have biases.
+        positions: vectors of learned positions and class tokens.
+        patch: pixels times channels of a patch.
+        head_width: inputs of the head, where not h; a language model's embedding is as wide.
+        experts, experts_used, expert_width: experts of a layer, those that see one token, the inner width of one.
+        dense: layers that have an MLP although the others have experts.
     """
 
     name: str
@@ -60,56 +90,122 @@ class Shape:
     head_dim: int
     vocab: int = 0
     tied: bool = False
-    gated: bool = True
     outputs: int = 0
     other: int = 0
     tokens: int = 0
+    family: str = "llama"
+    biased: tuple[str, ...] = ()
+    positions: int = 0
+    patch: int = 0
+    head_width: int = 0
+    experts: int = 0
+    experts_used: int = 0
+    expert_width: int = 0
+    dense: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(d_in, d_out) of each linear map of one layer, by role."""
+        """(d_in, d_out) of each linear map of one layer, by role; experts are none."""
         h, f, q, kv = (
             self.hidden,
             self.intermediate,
             self.heads * self.head_dim,
             self.kv_heads * self.head_dim,
         )
-        maps = {"q": (h, q), "k": (h, kv), "v": (h, kv), "o": (q, h), "up": (h, f), "down": (f, h)}
-        return {**maps, "gate": (h, f)} if self.gated else maps
+        sides = {
+            "q": (h, q), "k": (h, kv), "v": (h, kv), "qkv": (h, q + 2 * kv), "o": (q, h),
+            "gate": (h, f), "up": (h, f), "gate_up": (h, 2 * f), "down": (f, h),
+        }  # fmt: skip
+        without = () if self.dense or not self.experts else ("gate_up", *MLP)
+        return {role: sides[role] for role in self._family.linears if role not in without}
 
     @property
+    def _family(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate matrix beside up and down (Llama); otherwise it has two matrices (ViT)."""
+        return not self._family.linears.keys().isdisjoint({"gate", "gate_up"})
+
+    @property
+    def sparse_layers(self) -> int:
+        """How many layers have experts."""
+        return self.layers - len(self.dense) if self.experts else 0
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Every module with parameters, by the name that transformers gives it."""
+        dense, sparse = tuple(self._layer(sparse=False)), tuple(self._layer(sparse=True))
+        found, without = [], {*self.dense} if self.experts else range(self.layers)
+        for at in range(self.layers):
+            inside = dense if at in without else sparse
+            stem = f"{self._family.layers}.{at}."
+            found += [part._replace(name=stem + part.name) for part in inside]
+        return (*found, *self._beside())
+
+    def _layer(self, *, sparse: bool) -> Iterator[Part]:
+        family, hidden = self._family, self.hidden
+        for role, (inputs, outputs) in self.linears.items():
+            if not (sparse and role in ("gate_up", *MLP)):
+                biases = outputs if role in self.biased else 0
+                yield Part(family.linears[role], inputs, outputs, biases, role)
+        if sparse:
+            yield Part("mlp.gate", hidden, self.experts)
+            yield Part(_EXPERTS, 3 * hidden, self.experts * self.expert_width)
+        widths = {"hidden": hidden, "inner": self.intermediate, "head": self.head_dim}
+        for name, kind in family.norms.items():
+            yield self._norm(name, widths[kind])
+        yield from (Part(name, 1, hidden) for name in family.scales)
+
+    def _norm(self, name: str, width: int) -> Part:
+        return Part(name, 1, width, width if self._family.layer_norms else 0)
+
+    def _beside(self) -> Iterator[Part]:
+        """What is not in a layer."""
+        family, hidden, width = self._family, self.hidden, self.head_width or self.hidden
+        if self.vocab:
+            yield Part(family.embedding, self.vocab, width)
+        if self.positions:
+            yield Part(family.positions, self.positions, hidden)
+        if self.patch:
+            yield Part(family.patches, self.patch, hidden, hidden)
+        yield self._norm(family.last_norm, hidden)
+        if self.vocab:
+            yield Part(family.head, width, self.vocab, shared=self.tied)
+        elif self.outputs:
+            yield Part(family.head, width, self.outputs, self.outputs)
+
+    @cached_property
     def linear_parameters(self) -> int:
         """Weights of all layers' linear maps: what quantization applies to."""
-        return self.layers * sum(d_in * d_out for d_in, d_out in self.linears.values())
+        return sum(part.weights for part in self.parts if part.role)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all experts, which lie stacked in one parameter of a layer and are not quantized."""
+        return self.sparse_layers * 3 * self.hidden * self.experts * self.expert_width
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, head and norms (two vectors a layer and one at the end): never quantized."""
-        tables = self.vocab * self.hidden * (1 if self.tied else 2) + self.outputs * self.hidden
-        return tables + (2 * self.layers + 1) * self.hidden + self.other
+        """All others, never quantized: embeddings, head, norms, biases, routers and experts."""
+        return self.parameters - self.linear_parameters
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters."""
+        own = (part for part in self.parts if not part.shared)
+        return self.other + sum(part.weights + part.biases for part in own)
 
     @property
-    def parameters(self) -> int:
-        """All parameters, biases left out (under 0.1 % of a model)."""
-        return self.linear_parameters + self.other_parameters
+    def table_parameters(self) -> int:
+        """Weights of the token embedding, which are also the head's where it is tied."""
+        return self.vocab * (self.head_width or self.hidden)
 
-    def adapter_parameters(self, rank: int, roles: tuple[str, ...]) -> int:
-        """Parameters of LoRA at `rank` on `roles`: Σ r (d_in + d_out) (Hu et al. 2021, §4.2)."""
-        return self.layers * sum(rank * sum(self.linears[r]) for r in roles if r in self.linears)
-
-    def adapted_parameters(self, roles: tuple[str, ...]) -> int:
-        """Weights of the layers that get an adapter on `roles`: Σ d_in d_out."""
-        sizes = (self.linears[role] for role in roles if role in self.linears)
-        return self.layers * sum(inputs * outputs for inputs, outputs in sizes)
-
-    def vera_parameters(self, rank: int, roles: tuple[str, ...]) -> tuple[int, int]:
-        """Parameters of VeRA that are trained, Σ (r + d_out), and those that all layers share.
-
-        Kopiczko et al. 2024, §3.2; the shared matrices are as large as the largest of them needs.
-        """
-        sizes = [self.linears[role] for role in roles if role in self.linears]
-        trained = self.layers * sum(rank + outputs for _, outputs in sizes)
-        return trained, rank * sum(max(sides, default=0) for sides in zip(*sizes, strict=True))
+    def adapted(self, roles: tuple[str, ...]) -> Iterator[Part]:
+        """The linear maps that an adapter on `roles` is for."""
+        chosen = {role for role in self.linears if {*JOINED.get(role, (role,))} & {*roles}}
+        return (part for part in self.parts if part.role in chosen)
 
 
 def roles_of(targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -130,132 +226,6 @@ def roles_of(targets: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(roles)
 
 
-def _lm(
-    name: str,
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    heads: int,
-    kv_heads: int,
-    vocab: int,
-    *,
-    tied: bool = False,
-    head_dim: int = 0,
-) -> Shape:
-    return Shape(
-        name,
-        layers,
-        hidden,
-        intermediate,
-        heads,
-        kv_heads,
-        head_dim or hidden // heads,
-        vocab,
-        tied,
-    )
-
-
-def _vit(name: str, layers: int, hidden: int, heads: int, patches: int, patch: int = 16) -> Shape:
-    embeddings = 3 * patch * patch * hidden + (patches + 2) * hidden
-    return Shape(
-        name,
-        layers,
-        hidden,
-        4 * hidden,
-        heads,
-        heads,
-        hidden // heads,
-        gated=False,
-        outputs=1000,
-        other=embeddings,
-        tokens=patches + 1,
-    )
-
-
-# From each model's published config.json.
-PUBLIC_SHAPES: dict[str, Shape] = {
-    shape.name: shape
-    for shape in (
-        _lm("HuggingFaceTB/SmolLM2-135M", 30, 576, 1536, 9, 3, 49152, tied=True),
-        _lm("Qwen/Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 151936, tied=True),
-        _lm("Qwen/Qwen3-0.6B", 28, 1024, 3072, 16, 8, 151936, tied=True, head_dim=128),
-        _lm("TinyLlama/TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 32000),
-        _lm("meta-llama/Llama-3.2-1B", 16, 2048, 8192, 32, 8, 128256, tied=True),
-        _lm("Qwen/Qwen2.5-1.5B", 28, 1536, 8960, 12, 2, 151936, tied=True),
-        _lm("Qwen/Qwen3-1.7B", 28, 2048, 6144, 16, 8, 151936, tied=True),
-        _lm("Qwen/Qwen-1.8B", 24, 2048, 5504, 16, 16, 151936),
-        _lm("meta-llama/Llama-3.2-3B", 28, 3072, 8192, 24, 8, 128256, tied=True),
-        _lm("Qwen/Qwen3-4B", 36, 2560, 9728, 32, 8, 151936, tied=True, head_dim=128),
-        _lm("meta-llama/Llama-2-7b", 32, 4096, 11008, 32, 32, 32000),
-        _lm("Qwen/Qwen2.5-7B", 28, 3584, 18944, 28, 4, 152064),
-        _lm("Qwen/Qwen-7B", 32, 4096, 11008, 32, 32, 151936),
-        _lm("meta-llama/Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128256),
-        _lm("meta-llama/Llama-2-13b", 40, 5120, 13824, 40, 40, 32000),
-        _lm("Qwen/Qwen-14B", 40, 5120, 13696, 40, 40, 152064),
-        _lm("Qwen/Qwen2.5-14B", 48, 5120, 13824, 40, 8, 152064),
-        _lm("Qwen/Qwen2.5-32B", 64, 5120, 27648, 40, 8, 152064),
-        _lm("huggyllama/llama-30b", 60, 6656, 17920, 52, 52, 32000),
-        _lm("huggyllama/llama-65b", 80, 8192, 22016, 64, 64, 32000),
-        _lm("meta-llama/Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128256),
-        _lm("Qwen/Qwen-72B", 80, 8192, 24576, 64, 64, 152064),
-        _vit("google/vit-base-patch16-224", 12, 768, 12, 196),
-        _vit("google/vit-base-patch16-224-in21k", 12, 768, 12, 196),
-        _vit("google/vit-large-patch16-224", 24, 1024, 16, 196),
-    )
-}
-
-
-def shape_from_count(count: int) -> Shape:
-    """The shape of a causal language model of about `count` parameters.
-
-    A public model within 5 % is taken as it is. Otherwise layers, width and vocabulary lie between
-    the two neighbours on a logarithmic scale, and the MLP's width is what makes the count come out.
-
-    Raises:
-        Unsupported: outside the range of the public models (100 M to 80 B).
-    """
-    known = sorted((s for s in PUBLIC_SHAPES.values() if s.vocab), key=lambda s: s.parameters)
-    nearest = min(known, key=lambda s: abs(math.log(s.parameters / count)))
-    if abs(nearest.parameters / count - 1) <= 0.05:
-        return nearest
-    if not 1e8 <= count <= 8e10:
-        raise Unsupported(
-            f"no public model is near {count:,} parameters (100M to 80B are known); "
-            "plan a recipe whose base has a config.json instead"
-        )
-    below = max((s for s in known if s.parameters < count), default=known[0], key=_size)
-    above = min((s for s in known if s.parameters > count), default=known[-1], key=_size)
-    return _between(below, above, count)
-
-
-def _size(shape: Shape) -> int:
-    return shape.parameters
-
-
-def _between(below: Shape, above: Shape, count: int) -> Shape:
-    span = math.log(above.parameters / below.parameters)
-    weight = math.log(count / below.parameters) / span if span else 0.0
-
-    def mix(low: int, high: int, multiple: int) -> int:
-        value = math.exp((1 - weight) * math.log(low) + weight * math.log(high))
-        return max(multiple, multiple * round(value / multiple))
-
-    closer = below if weight < 0.5 else above
-    hidden = mix(below.hidden, above.hidden, 128)
-    heads = max(1, hidden // closer.head_dim)
-    guess = replace(
-        closer,
-        name=f"between {below.name} and {above.name}",
-        layers=mix(below.layers, above.layers, 1),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=max(1, heads * closer.kv_heads // closer.heads),
-        intermediate=0,
-    )
-    missing = max(0, count - guess.parameters)
-    return replace(guess, intermediate=max(128, round(missing / (3 * hidden * guess.layers))))
-
-
 def _field(config: Mapping[str, object], *names: str) -> int:
     for name in names:
         value = config.get(name)
@@ -270,7 +240,7 @@ def shape_from_config(config: Mapping[str, object], name: str = "config.json") -
     """The shape that a transformers config.json describes.
 
     Raises:
-        Unsupported: a field that every known architecture has is missing; the message begins with `name`.
+        Unsupported: an architecture whose parts are not known, or a size is missing; the message begins with `name`.
     """
     try:
         return _described_shape(config, name)
@@ -279,34 +249,79 @@ def shape_from_config(config: Mapping[str, object], name: str = "config.json") -
 
 
 def _described_shape(config: Mapping[str, object], name: str) -> Shape:
+    kind = str(config.get("model_type"))
+    if kind not in FAMILIES:
+        raise Unsupported(
+            f"model_type {kind!r} is not one whose parts are known to a plan; "
+            "plan by size instead (qlx plan --params 7B)"
+        )
     backbone = config.get("backbone_config")  # ViTPose describes its ViT apart
     if isinstance(backbone, Mapping):
-        config = {**backbone, "id2label": config.get("id2label"), "heatmaps": True}
+        kept = ("id2label", "use_simple_decoder")
+        config = {**backbone, **{key: config[key] for key in kept if key in config}}
+    if kind == "dinov2" and config.get("use_swiglu_ffn"):
+        kind = "dinov2 gated"
+    family = FAMILIES[kind]
+    config = {**family.defaults, **config}
     hidden = _field(config, "hidden_size", "n_embd")
     heads = _field(config, "num_attention_heads", "n_head")
-    vision = "image_size" in config
+    layers = _field(config, "num_hidden_layers", "n_layer")
+    if layers > _MOST_LAYERS:
+        raise Unsupported(f"{layers:,} layers are more than a plan counts ({_MOST_LAYERS:,})")
+    switched = (roles for key, roles in family.switches.items() if config.get(key))
     shape = Shape(
         name=name,
-        layers=_field(config, "num_hidden_layers", "n_layer"),
+        layers=layers,
         hidden=hidden,
-        intermediate=_intermediate(config, hidden),
+        intermediate=_intermediate(config, hidden, family),
         heads=heads,
         kv_heads=_field({"kv": heads, **config}, "num_key_value_heads", "kv"),
         head_dim=_field({"dim": hidden // heads, **config}, "head_dim", "dim"),
-        gated=not vision and config.get("model_type") != "gpt2",
+        family=kind,
+        biased=(*family.biased, *(role for roles in switched for role in roles)),
     )
-    return _with_image(shape, config) if vision else _with_vocabulary(shape, config)
+    if family.sparse:
+        shape = _with_experts(shape, config)
+    return _with_image(shape, config) if family.patches else _with_vocabulary(shape, config)
 
 
-def _intermediate(config: Mapping[str, object], hidden: int) -> int:
-    ratio = config.get("mlp_ratio")  # DINOv2 states the ratio, GPT-2 nothing (then it is 4)
-    default = int(hidden * ratio) if isinstance(ratio, (int, float)) else 4 * hidden
-    return _field({"default": default, **config}, "intermediate_size", "n_inner", "default")
+def _intermediate(config: Mapping[str, object], hidden: int, family: Family) -> int:
+    ratio = config.get("mlp_ratio")  # which DINOv2 and ViTPose state, and GPT-2 implies
+    wide = {"intermediate_size": int(hidden * ratio)} if isinstance(ratio, (int, float)) else {}
+    found = _field({**wide, **config}, "ffn_dim", "n_inner", "intermediate_size")
+    # DINOv2 cuts its gated MLP to two thirds, and rounds up to a multiple of 8
+    return (found * 2 // 3 + 7) // 8 * 8 if wide and "gate" in family.linears else found
+
+
+def _with_experts(shape: Shape, config: Mapping[str, object]) -> Shape:
+    """The shape with experts in place of the MLP, in all layers but those that config.json names."""
+    step = _field({"every": 1, **config}, "decoder_sparse_step", "every")
+    only = config.get("mlp_only_layers")
+    named = only if isinstance(only, (list, tuple)) else ()
+    return replace(
+        shape,
+        experts=_field(config, "num_local_experts", "num_experts"),
+        experts_used=_field(config, "num_experts_per_tok"),
+        expert_width=_field(config, "moe_intermediate_size", "intermediate_size"),
+        dense=tuple(at for at in range(shape.layers) if at in named or (at + 1) % step),
+    )
 
 
 def _with_vocabulary(shape: Shape, config: Mapping[str, object]) -> Shape:
-    tied = config.get("tie_word_embeddings", config.get("model_type") == "gpt2")
-    return replace(shape, vocab=_field(config, "vocab_size"), tied=bool(tied))
+    width = _field({"h": shape.hidden, **config}, "word_embed_proj_dim", "h")  # OPT's
+    narrow = width != shape.hidden
+    positions = 0
+    if FAMILIES[shape.family].positions:
+        positions = _field(config, "n_positions", "max_position_embeddings")
+        positions += 2 * (shape.family == "opt")  # which leaves the first two places free
+    return replace(
+        shape,
+        vocab=_field(config, "vocab_size"),
+        tied=bool(config.get("tie_word_embeddings")),
+        positions=positions,
+        head_width=width if narrow else 0,
+        other=2 * width * shape.hidden if narrow else 0,  # from that width to h, and back
+    )
 
 
 def _area(size: object) -> int:
@@ -316,14 +331,28 @@ def _area(size: object) -> int:
     return math.prod(sides)
 
 
+def image_shape(shape: Shape, patches: int, pixels: int) -> Shape:
+    """The shape with the embeddings of pictures of so many patches, each of `pixels` values."""
+    vectors = FAMILIES[shape.family].vectors
+    return replace(shape, positions=patches + vectors, patch=pixels, tokens=patches + 1)
+
+
 def _with_image(shape: Shape, config: Mapping[str, object]) -> Shape:
-    patch = _field(config, "patch_size")
-    patches = _area(config["image_size"]) // _area(config["patch_size"])
+    area = _area(config.get("patch_size"))
+    patches = _area(config.get("image_size")) // area
     channels = _field({"rgb": 3, **config}, "num_channels", "rgb")
-    labels, heatmaps = config.get("id2label"), "heatmaps" in config  # made by a 3×3 convolution
-    return replace(
-        shape,
-        outputs=(len(labels) if isinstance(labels, Mapping) else 2) * (9 if heatmaps else 1),
-        other=channels * patch * patch * shape.hidden + (patches + 2) * shape.hidden,
-        tokens=patches + 1,
-    )
+    labels = config.get("id2label")
+    shape = image_shape(shape, patches, channels * area)
+    width, other = _image_head(shape, config)
+    outputs = len(labels) if isinstance(labels, Mapping) else 2
+    return replace(shape, outputs=outputs, head_width=width, other=other)
+
+
+def _image_head(shape: Shape, config: Mapping[str, object]) -> tuple[int, int]:
+    """Inputs of a vision model's head, and parameters before it."""
+    if shape.family == "vitpose" and config.get("use_simple_decoder", True):
+        return 9 * shape.hidden, 0  # a 3 × 3 convolution
+    if shape.family == "vitpose":
+        wide = _CLASSIC_WIDTH
+        return wide, 16 * wide * (shape.hidden + wide) + 4 * wide
+    return shape.hidden * (2 if shape.family.startswith("dinov2") else 1), 0  # class token and mean

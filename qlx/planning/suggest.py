@@ -4,8 +4,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qlx.planning.memory import Plan, Setup, check_rank, plan_shape, weight_format
-from qlx.planning.shapes import Shape, shape_from_count
+from qlx.planning.memory import Plan, check_rank, plan_shape
+from qlx.planning.public import shape_from_count
+from qlx.planning.setup import Setup, weight_format
+from qlx.planning.shapes import Shape
 
 DEFAULT_SIZES = tuple(int(n * 1e9) for n in (0.6, 1.2, 3.2, 7, 8, 13, 32, 70))
 DEFAULT_RANKS = (8, 16, 32, 64)
@@ -48,9 +50,11 @@ def suggest(shape: Shape, setup: Setup, available: float) -> Plan | None:
     """The first setup that fits `available` bytes, giving up the least costly thing first.
 
     In this order: speed (checkpointing on), batch (halved down to 1), weight format (NF4 with double
-    quantization), rank (down to 4), sequence length (down to 128). None when nothing fits.
+    quantization, in groups as they are if it is NF4 already), rank (down to 4), sequence length (down to 128).
+    None when nothing fits.
     """
-    nf4 = weight_format("nf4", double_quant=True)
+    group = setup.weights.group_size if setup.weights.name == "nf4" else 64
+    nf4 = weight_format("nf4", group_size=group, double_quant=True)
     formats = [setup.weights, nf4] if setup.rank and setup.weights != nf4 else [setup.weights]
     lengths = [0] if shape.tokens else _halvings(setup.tokens, 128)
     ranks = _halvings(setup.rank, 4) if setup.rank else [0]

@@ -68,6 +68,69 @@ def test_a_recipe_is_planned_and_options_change_it(tmp_path, capsys):
     assert "total" in out
 
 
+def test_weights_that_wait_in_memory_are_off_a_gpu_only(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: x\ntask: causal-lm\nbase: {path: Qwen/Qwen3-0.6B, offload: cpu}\nadapter: {rank: 8}\n"
+        "data: {source: python-docstrings}\ntraining: {gradient_checkpointing: true}\n"
+    )
+    cuda, cpu = (planned(capsys, str(recipe), "--device", name)[1] for name in ("cuda", "cpu"))
+    assert planned(capsys, str(recipe))[1] == cuda
+    assert (cuda["setup"]["offloaded"], cpu["setup"]["offloaded"]) == (True, False)
+    assert cpu["parts"]["weights"] == 4 * cpu["shape"]["parameters"]
+    assert cuda["parts"]["weights"] < cpu["parts"]["weights"] / 2
+
+
+def test_a_format_that_is_there_already_stays_as_it_is(tmp_path, capsys):
+    plain = planned(capsys, "--params", "7B")[1]
+    assert plain["setup"]["double_quant"] is True
+    assert planned(capsys, "--params", "7B", "--format", "nf4")[1] == plain
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: x\ntask: causal-lm\nbase: {path: Qwen/Qwen3-0.6B}\nadapter: {rank: 8}\n"
+        "data: {source: python-docstrings}\n"
+        "quantization: {quant_type: nf4, block_size: 256, double_quant: false}\n"
+    )
+    asked = planned(capsys, str(recipe), "--format", "nf4")[1]
+    assert (asked["setup"]["group_size"], asked["setup"]["double_quant"]) == (256, False)
+    assert asked == planned(capsys, str(recipe))[1]
+    other = planned(capsys, str(recipe), "--format", "int8")[1]["setup"]
+    assert (other["weights"], other["group_size"], other["double_quant"]) == ("int8", 64, False)
+
+
+def test_double_quantization_is_named_where_it_is_what_is_suggested(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: x\ntask: causal-lm\nbase: {path: meta-llama/Llama-2-7b, dtype: bfloat16}\nadapter: {rank: 8}\n"
+        "data: {source: python-docstrings, max_length: 512}\ntraining: {gradient_checkpointing: true}\n"
+        "quantization: {quant_type: nf4, double_quant: false, compute_dtype: bfloat16}\n"
+    )
+    wish = (str(recipe), "--set", "training.batch_size=1", "--suggest", "--vram")
+    total = planned(capsys, *wish, "80GB")[1]["total"]
+    code, data = planned(capsys, *wish, f"{total - 10**8}B")
+    assert (code, data["fits"]) == (0, False)
+    old, new = data["setup"], data["suggestion"]["setup"]
+    assert {name for name in old if old[name] != new[name]} == {"double_quant"}
+    assert main(["plan", *wish, f"{total - 10**8}B"]) == 0
+    out = capsys.readouterr().out
+    assert "base stored as nf4, rank 8" in out
+    assert "suggestion: base stored as nf4 with double quantization → " in out
+
+
+def test_what_a_plan_leaves_out_is_said(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: x\ntask: causal-lm\nbase: {path: Qwen/Qwen3-0.6B}\ndata: {source: python-docstrings}\n"
+        "adapter: {rank: 8, rank_pattern: {conv: 4}}\n"
+    )
+    assert planned(capsys, "--params", "7B")[1]["notes"] == []
+    (note,) = planned(capsys, str(recipe))[1]["notes"]
+    assert main(["plan", str(recipe)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"note: {note}" in out
+    assert "'conv' is not counted" in out
+
+
 def test_full_training_shows_its_weights(capsys):
     _, data = planned(capsys, "--params", "7B", "--rank", "0")
     parts, count = data["parts"], data["trained_parameters"]

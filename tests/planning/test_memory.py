@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qlx.errors import UsageError
-from qlx.planning import PUBLIC_SHAPES, Setup, Shape, plan_size, weight_format
-from qlx.planning.memory import WeightFormat, activation_bytes, plan_shape
+from qlx.planning import PUBLIC_SHAPES, Setup, Shape, WeightFormat, plan_size, weight_format
+from qlx.planning.memory import activation_bytes, plan_shape
 from qlx.planning.shapes import ATTENTION, MLP, shape_from_config
 
 GIB = 2**30

@@ -46,10 +46,15 @@ def test_every_section_reaches_the_plan(recipe_file):
 @pytest.mark.parametrize(
     ("override", "part", "larger"),
     [
-        ("quantization.compute_dtype=float32", "activations", True),
+        ("base.dtype=float32", "activations", True),
+        ("base.dtype=float32", "weights", True),
+        ("quantization.compute_dtype=float32", "dequantized_layer", True),
         ("training.gradient_checkpointing=false", "activations", True),
         ("quantization.double_quant=false", "constants", True),
         ("adapter.rank=32", "optimizer", True),
+        ("adapter.modules_to_save=[lm_head]", "adapter", True),
+        ("adapter.new_tokens=[a, b]", "gradients", True),
+        ("adapter.rank_pattern={q_proj: 32}", "optimizer", True),
         ("data.max_length=128", "activations", False),
         ("base.offload=disk", "weights", False),
         ("base.offload=cpu", "weights", False),
@@ -60,6 +65,85 @@ def test_a_changed_field_changes_its_part(recipe_file, override, part, larger):
     after = getattr(plan_recipe(load_recipe(recipe_file, [override])).parts, part)
     assert (after > before) == larger
     assert after != before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_return_the_dtype_of_the_base_whatever_they_compute_in(recipe_file, dtype):
+    """What qlx's layers do, and what is planned: only the weight that is made is in `compute_dtype`."""
+    import torch
+
+    from qlx.checkpoint import QuantSpec
+    from qlx.quant import quantize_model
+
+    given, base = getattr(torch, dtype), f"base.dtype={dtype}"
+    plans = {}
+    for scheme in ("nf4", "int4"):
+        for computed in ("float32", "bfloat16"):
+            spec = QuantSpec(
+                method="qlora", weight_bits=4, scheme=scheme, group_size=64, compute_dtype=computed
+            )  # fmt: skip
+            model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False, dtype=given))
+            quantize_model(model, spec)
+            assert model(torch.ones(1, 64, dtype=given)).dtype == given
+            plans[computed] = plan_recipe(
+                load_recipe(recipe_file, [base, f"quantization.compute_dtype={computed}"])
+            ).parts
+    wide, narrow = plans["float32"], plans["bfloat16"]
+    assert wide.dequantized_layer == 2 * narrow.dequantized_layer == 4 * 128 * 256
+    assert (wide.activations, wide.weights) == (narrow.activations, narrow.weights)
+
+
+def test_products_are_joined_where_the_adapter_meets_its_own_dtype(recipe_file):
+    """On a GPU a bfloat16 base is computed with autocast, a float16 one is not, and the adapter is float32."""
+    joined = {
+        dtype: plan_recipe(load_recipe(recipe_file, [f"base.dtype={dtype}"])).setup.joined
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    assert joined == {"float32": True, "bfloat16": True, "float16": False}
+    assert not plan_recipe(load_recipe(recipe_file, ["adapter.use_dora=true"])).setup.joined
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 16), ("bfloat16", 8)])
+def test_all_weights_are_trained_in_the_dtype_of_the_base(recipe_file, dtype, bytes_each):
+    """tests/planning/test_trained.py has what a training really keeps."""
+    changes = [f"base.dtype={dtype}", "adapter=null", "quantization=null"]
+    plan = plan_recipe(load_recipe(recipe_file, changes))
+    state = plan.parts.weights + plan.parts.gradients + plan.parts.optimizer
+    assert state == bytes_each * plan.shape.parameters
+
+
+def test_a_heatmap_model_from_a_plain_vit_is_made_in_float32(recipe_file):
+    path = "base.path=google/vit-base-patch16-224"
+    changes = ["task=heatmap", "data={source: tracknet, path: none}", "adapter=null", path]
+    plan = plan_recipe(load_recipe(recipe_file, [*changes, "quantization=null"]))
+    assert plan.parts.weights == 4 * plan.shape.parameters
+
+
+@pytest.mark.parametrize(
+    ("fields", "bytes_a_group"),
+    [
+        ({"quant_type": "int4"}, 4),
+        ({"quant_type": "int8", "group_size": 128}, 4),
+        ({"quant_type": "int4", "symmetric": "false"}, 5),
+        ({"quant_type": "int4", "scale_dtype": "float16"}, 2),
+        ({"quant_type": "int2"}, 5),
+        ({"quant_type": "ternary"}, 4),
+    ],
+)
+def test_scales_and_zero_points_are_those_of_the_packed_layer(recipe_file, fields, bytes_a_group):
+    import torch
+
+    from qlx.quant import packed_modules, packed_of_module, quantize_model
+    from qlx.training.job import quant_spec
+
+    words = ", ".join(f"{name}: {value}" for name, value in fields.items())
+    recipe = load_recipe(recipe_file, [f"quantization={{{words}}}"])
+    model = torch.nn.Sequential(torch.nn.Linear(256, 8, bias=False))
+    quantize_model(model, quant_spec(recipe.quantization, "float32"))
+    ((_, layer),) = packed_modules(model)
+    constants = sum(part.nbytes for part in packed_of_module(layer).parts[1:])
+    assert constants == 2 * 8 * bytes_a_group
+    assert plan_recipe(recipe).setup.weights.constant_bytes == bytes_a_group / 128
 
 
 def test_every_kind_of_adapter_is_counted_as_it_is_trained(recipe_file):
@@ -78,8 +162,8 @@ def test_every_kind_of_adapter_is_counted_as_it_is_trained(recipe_file):
     assert vera.parts.adapter == 4 * (vera.trained_parameters + 64 * (128 + 128))
 
 
-def _compressed(bits, group_size):
-    weights = {"num_bits": bits, "group_size": group_size}
+def _compressed(bits, group_size, **fields):
+    weights = {"num_bits": bits, "group_size": group_size, **fields}
     return {
         "quant_method": "compressed-tensors",
         "config_groups": {"group_0": {"weights": weights}},
@@ -99,10 +183,12 @@ def _compressed(bits, group_size):
             "nf4",
             0.5 + (1 + 4 / 256) / 64,
         ),
-        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8", 1 + 3 / 4096),
-        ({"quant_method": "awq", "bits": 4, "group_size": 64}, "int4", 0.5 + 2.5 / 64),
-        (_compressed(4, 64), "int4", 0.5 + 2.5 / 64),
-        (_compressed(8, None), "int8", 1 + 3 / 4096),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "int8", 1 + 2 / 4096),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False}, "int4", 0.5 + 3 / 64),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, "int4", 0.5 + 3 / 64),
+        (_compressed(4, 64), "int4", 0.5 + 2 / 64),
+        (_compressed(4, 64, symmetric=False), "int4", 0.5 + 3 / 64),
+        (_compressed(8, None), "int8", 1 + 2 / 4096),
         (_compressed(2, 64), "ternary", 0.25 + 2 / 64),
         ({"quant_method": "bitnet"}, "ternary", 0.25 + 2 / 4096),
     ],

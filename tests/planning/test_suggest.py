@@ -33,6 +33,14 @@ def test_the_cheapest_concession_comes_first():
     assert plan.setup == Setup()  # only checkpointing changed
 
 
+def test_double_quantization_is_a_concession_that_keeps_the_groups():
+    setup = Setup(weights=weight_format("nf4", group_size=128))
+    double = replace(setup, weights=weight_format("nf4", group_size=128, double_quant=True))
+    plan = suggest(LLAMA, setup, plan_shape(LLAMA, double).total)
+    assert plan is not None
+    assert plan.setup == double
+
+
 def test_nothing_is_suggested_when_nothing_fits():
     assert suggest(LLAMA, LARGE, 3e9) is None
 
