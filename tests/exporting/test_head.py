@@ -81,6 +81,7 @@ def test_a_tied_embedding_keeps_its_values(tmp_path):
     assert 1e-3 < np.linalg.norm(head - table) / np.linalg.norm(table) < 1e-2
 
 
+@pytest.mark.exhaustive
 def test_adapters_are_swapped_over_it(python_base, python_run, tmp_path):
     done = export_adapters(python_base, [f"first={python_run}"], tmp_path / "both", head="int8")
     options = done.manifest.lineage[-1].options

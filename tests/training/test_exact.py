@@ -33,7 +33,7 @@ SCHEMES = {
     "int2 fold": {"quant_type": "int2", "group_size": 32},
 }
 TASKS = {"digits": DIGITS_RUN, "python": PYTHON_RUN, "tennis": TENNIS_RUN}
-QUICK = {("digits", "nf4"), ("python", "int4"), ("python", "int2"), ("digits", "int4 fold")}
+QUICK = {("digits", "nf4"), ("python", "int2")}
 EXACT = {"rank": 4, "alpha": 6, "exact": True}
 
 

@@ -278,7 +278,13 @@ def test_a_recipe_that_makes_no_sense_is_refused(sections, match):
 # --- The classic head: deconvolutions with batch normalisation, as in the first ViTPose checkpoints
 
 
-@pytest.mark.parametrize("saved", [(), ("head.conv",)], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize(
+    "saved",
+    [
+        pytest.param((), id="frozen head"),
+        pytest.param(("head.conv",), id="trained head", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_an_adapter_leaves_the_statistics_of_its_base(classic_base, tennis_clips, tmp_path, saved):
     """The run replays (which training checks), and its merge has the base's statistics, bit for bit."""
     adapter = {"rank": 4, "alpha": 6, "modules_to_save": list(saved)}

@@ -44,7 +44,9 @@ def test_a_recipe_trains_on_an_integer_base_and_the_merge_is_exact(name, digits_
     assert verify(run.path, base=str(digits_base)).passed
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "bitnet"])
+@pytest.mark.parametrize(
+    "kind", ["gptq", pytest.param("awq", marks=pytest.mark.exhaustive), "bitnet"]
+)
 def test_a_recipe_trains_on_codes_as_they_are(kind, python_base, tmp_path):
     base = tmp_path / "coded"
     shutil.copytree(python_base, base, ignore=shutil.ignore_patterns("qlx.json"))

@@ -36,7 +36,7 @@ CASES = {  # the run's recipe, its base, how it is quantized, what the base is l
     "images": (DIGITS_RUN, "digits_base", None, "float32"),
     "images-nf4": (DIGITS_RUN, "digits_base", NF4, "float32"),
 }
-LONG = ("text-bf16", "text-int4", "images-nf4")
+LONG = ("text-bf16", "text-int4", "images", "images-nf4")
 CHOSEN = [pytest.param(c, marks=pytest.mark.exhaustive) if c in LONG else c for c in CASES]
 
 
