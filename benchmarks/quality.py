@@ -136,8 +136,8 @@ def prepare(task: Task) -> None:
     if task.base == "tennis-base":
         for condition in ("day", "night"):
             if not Path("clips", condition).exists():
-                _python("examples/tennis_clips.py", "--output", f"clips/{condition}", "--clips", "6",
-                        "--frames", "40", "--condition", condition)  # fmt: skip
+                _python("examples/tennis_clips.py", "--output", f"clips/{condition}",
+                        "--condition", condition)  # fmt: skip
     _train(task.base, list(task.base_changes), Path("runs", task.base))
 
 
