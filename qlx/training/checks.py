@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qlx.checkpoint import Source, hub_name, resolve_source
+from qlx.checkpoint import QuantSpec, Source, hub_name, resolve_source
 from qlx.errors import Unsupported, require
 from qlx.inputs import (
     TOKENIZER_FILE,
@@ -30,7 +30,7 @@ from qlx.models import (
     stored_codes,
     tensor_names,
 )
-from qlx.recipe import Recipe
+from qlx.recipe import AdapterSection, Recipe
 from qlx.training.job import base_quantization, new_head, quant_spec, starts_from_vit
 from qlx.training.material import frame_preprocessor, given_template, require_room
 from qlx.training.progress import check_reporting
@@ -88,12 +88,12 @@ def check(recipe: Recipe) -> DryRun:
     train, held_out = load_split(recipe.data, "train"), load_split(recipe.data, "eval")
     source = _local_base(recipe)
     found = recipe.base.path is None or source is not None
-    model = _Findings()
-    if found:
-        model = _check_model(recipe, None if source is None else source.path, train)
     spec = quant_spec(recipe.quantization, recipe.base.dtype)
     if source is not None:
         spec = base_quantization(recipe, source.path)
+    model = _Findings()
+    if found:
+        model = _check_model(recipe, None if source is None else source.path, train, spec)
     missing = f"base {recipe.base.path} not found locally; target modules and tokenizer not checked"
     return DryRun(
         recipe=recipe.name,
@@ -124,8 +124,8 @@ def _local_base(recipe: Recipe) -> Source | None:
     return Source(Path(cached).parent, repo, revision) if isinstance(cached, str) else None
 
 
-def _check_model(recipe: Recipe, base: Path | None, train: Loaded) -> _Findings:
-    """What becomes of the recipe's architecture, on a model without memory."""
+def _check_model(recipe: Recipe, base: Path | None, train: Loaded, spec: QuantSpec) -> _Findings:
+    """What becomes of the recipe's architecture, quantized as `spec` says, on a model without memory."""
     from qlx.adapters import adapted_modules, attach_adapter, parameter_counts
     from qlx.quant import eligible_modules
 
@@ -152,13 +152,17 @@ def _check_model(recipe: Recipe, base: Path | None, train: Loaded) -> _Findings:
         adapted = tuple(adapted_modules(model))
     trained, total = parameter_counts(model)
     if recipe.adapter is not None and recipe.adapter.exact:
-        scales = _learned_scales(model, recipe, adapted, quantized)
+        scales = _learned_scales(model, recipe.adapter, spec, adapted, quantized)
         trained, total = trained + scales, total + scales
     return _Findings(adapted, quantized, trained, total)
 
 
 def _learned_scales(
-    model: Any, recipe: Recipe, adapted: Iterable[str], quantized: Iterable[str]
+    model: Any,
+    adapter: AdapterSection,
+    spec: QuantSpec,
+    adapted: Iterable[str],
+    quantized: Iterable[str],
 ) -> int:
     """How many parameters an exact adapter has more than a LoRA: scales, and zero points; a folded A is narrower.
 
@@ -170,19 +174,18 @@ def _learned_scales(
     plain = sorted(set(adapted) - set(quantized))
     if plain:
         raise Unsupported(not_quantized(plain[0]))
-    section, adapter = recipe.quantization, recipe.adapter
-    if section is None or section.quant_type == "nf4" or adapter is None:
+    if spec.scheme == "nf4":
         return 0
-    group, inner = section.values_per_scale, model.get_base_model()
+    group, inner = spec.group_size, model.get_base_model()
     layers = {name: inner.get_submodule(name) for name in adapted}
     shapes = {name: layer.get_base_layer().weight.shape for name, layer in layers.items()}
-    whole = group is None and section.quant_type == "ternary"
+    whole = group is None and spec.scheme == "ternary"
     scales = sum(
         1 if whole else rows * (columns // (group or columns)) for rows, columns in shapes.values()
     )
     learned: int = scales if adapter.learned_scales else 0
     if not adapter.folded:
-        return learned * (1 if section.symmetric else 2)
+        return learned * (2 if spec.symmetric is False else 1)
     narrower = (
         layer.r["default"] * (columns - columns // (group or columns))
         for layer, (_, columns) in zip(layers.values(), shapes.values(), strict=True)

@@ -264,13 +264,16 @@ def test_scales_stay_where_they_are_not_to_learn(int4_run, digits_base, tmp_path
     )
 
 
-def test_a_dry_run_counts_what_training_counts(int4_run, int2_folded, digits_base):
+def test_a_dry_run_counts_what_training_counts(int4_run, int2_folded, digits_base, tmp_path):
     for scheme, run in (("int4", int4_run), ("int2 fold", int2_folded)):
         for learned in (True, False):
             found = check(recipe_for("digits", scheme, digits_base, learned_scales=learned))
             spec = run.manifest.adapter
             counts = (spec.trained_parameters, spec.total_parameters)
             assert ((found.trained_parameters, found.total_parameters) == counts) == learned
+    codes = pack(digits_base, tmp_path / "codes", to="int4", group_size=32, min_retention=0)
+    recipe = recipe_for("digits", "int4", codes.path).model_copy(update={"quantization": None})
+    assert check(recipe).trained_parameters == int4_run.manifest.adapter.trained_parameters
 
 
 def test_the_head_is_trained_beside_the_codes(digits_base, tmp_path):
@@ -443,6 +446,7 @@ def test_every_kind_of_base(kind, python_base, tmp_path):
         }
     )
     run = train(recipe, tmp_path / "run")
+    assert check(recipe).trained_parameters == run.manifest.adapter.trained_parameters
     scheme = run.manifest.quantization.scheme
     packed = pack(run.path, tmp_path / "packed", to=scheme, base=base)
     assert packed.manifest.quantization.fingerprint == run.manifest.adapter.codes
