@@ -108,7 +108,8 @@ def split_digest(split: Loaded) -> str:
             digest.update(_content(image))
     else:
         for example in split.examples:
-            digest.update(repr((example.prompt, example.completion, example.messages)).encode())
+            content = (example.prompt or "", example.completion, example.messages)
+            digest.update(repr(content).encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -285,7 +286,7 @@ def _encode(
     pending: list[int] = []
     max_length = data.max_length
     for example in examples:
-        if example.prompt or example.messages:
+        if example.prompt is not None or example.messages:
             ids, labels = codec.encode(
                 example, max_length, completion_only=completion_only, answers=data.answers
             )

@@ -76,12 +76,13 @@ def _parsed(content: bytes, path: Path) -> Any:
 
 @dataclass(frozen=True)
 class TextExample:
-    """One training text: a completion after a prompt (perhaps none), or a chat ending with an answer.
+    """One training text: a completion after a prompt (perhaps an empty one), or a chat ending with an answer.
 
-    With `messages`, prompt and completion are empty and come out of the chat template.
+    Without prompt and messages it is running text, which may be joined with others. With `messages`, prompt and
+    completion come out of the chat template.
     """
 
-    prompt: str = ""
+    prompt: str | None = None
     completion: str = ""
     messages: tuple[Message, ...] = ()
 

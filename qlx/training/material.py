@@ -308,7 +308,11 @@ def given_template(recipe: Recipe) -> dict[str, bytes]:
 
 def _all_text(example: Any) -> str:
     return "\n".join(
-        [example.prompt, example.completion, *(message["content"] for message in example.messages)]
+        [
+            example.prompt or "",
+            example.completion,
+            *(message["content"] for message in example.messages),
+        ]
     )
 
 

@@ -186,7 +186,9 @@ def text_samples(model: Any, codec: TextCodec, split: TextSplit, longest: int) -
             with model.disable_adapter():
                 before = codec.decode(greedy(model, prompt, codec, _NEW_TOKENS)).strip()
         after = codec.decode(greedy(model, prompt, codec, _NEW_TOKENS)).strip()
-        asked = example.messages[-2]["content"] if len(example.messages) > 1 else example.prompt
+        asked = (
+            example.messages[-2]["content"] if len(example.messages) > 1 else example.prompt or ""
+        )
         samples.append(Sample(codec.decode(completion).strip(), before, after, text=asked))
     return samples
 

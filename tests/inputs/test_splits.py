@@ -133,6 +133,15 @@ def test_messages_and_text_columns(tmp_path, codec):
     assert len(encode_split(load_split(data, "train"), codec, data, completion_only=True)) == 5
 
 
+def test_a_row_with_an_empty_prompt_is_an_example_of_its_own(tmp_path, codec):
+    path = tmp_path / "data.jsonl"
+    data = section(source="text", path=str(path), max_length=30)
+    for row, count in (({"prompt": "", "completion": "abc"}, 9), ({"text": "abc"}, 2)):
+        path.write_text("\n".join(json.dumps(row) for _ in range(10)))
+        split = load_split(data, "train")
+        assert len(encode_split(split, codec, data, completion_only=True)) == count
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
