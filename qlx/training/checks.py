@@ -212,8 +212,8 @@ def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
     config, frames = None, recipe.data.frames
     if base is None:
         assert recipe.base.from_scratch is not None
-        if isinstance(train, TextSplit):
-            require_room(recipe, base)
+        if isinstance(train, TextSplit) and not recipe.training.packing:
+            require_room(recipe, base, recipe.data.max_length)
         config = build_config(recipe.base.from_scratch, labels=labels, frames=frames)
     elif labels is not None and starts_from_vit(recipe, base):
         config = config_from_vit(base, labels, frames)
@@ -223,7 +223,8 @@ def _model(recipe: Recipe, base: Path | None, train: Loaded) -> Any:
     assert base is not None
     read_config(base, recipe.task)
     if isinstance(train, TextSplit):
-        require_room(recipe, base)
+        if not recipe.training.packing:
+            require_room(recipe, base, recipe.data.max_length)
         _check_template(recipe, TextCodec.from_directory(base), train)
     elif isinstance(train, KeypointSplit):
         frame_preprocessor(recipe, base)

@@ -202,17 +202,19 @@ def load_material(recipe: Recipe, base: Path | None, work: Path) -> Material:
         return ImageMaterial(train, evaluation, preprocessor, files, digests)
     assert isinstance(train, TextSplit)
     assert isinstance(evaluation, TextSplit)
-    require_room(recipe, base)
+    if not recipe.training.packing:
+        require_room(recipe, base, recipe.data.max_length)
     files = _tokenizer_files(recipe, base, train)
     new_tokens = recipe.adapter.new_tokens if recipe.adapter else ()
     files, new_ids = with_tokens(files, new_tokens)
     codec = _codec(files, work)
     data, only = recipe.data, recipe.training.completion_only
+    learned = encode_split(train, codec, data, completion_only=only, limit=data.train_limit)
+    held_out = encode_split(evaluation, codec, data, completion_only=only, limit=data.eval_limit)
+    require_room(recipe, base, max(len(item.ids) for item in (*learned, *held_out)))
     return TextMaterial(
-        train=encode_split(train, codec, data, completion_only=only, limit=data.train_limit),
-        evaluation=encode_split(
-            evaluation, codec, data, completion_only=only, limit=data.eval_limit
-        ),
+        train=learned,
+        evaluation=held_out,
         codec=codec,
         files=files,
         digests=digests,
@@ -256,11 +258,14 @@ def frame_preprocessor(recipe: Recipe, base: Path | None) -> ImagePreprocessor:
     )
 
 
-def require_room(recipe: Recipe, base: Path | None) -> None:
-    """Check that the model has a position for every token of a text.
+def require_room(recipe: Recipe, base: Path | None, longest: int) -> None:
+    """Check that the model has a position for every token of texts of at most `longest`.
+
+    That is `data.max_length`, but where texts are packed: there it is the length of a row, in which each text's
+    positions begin anew.
 
     Raises:
-        Mismatch: texts may be longer than the model's context.
+        Mismatch: the model's context is shorter.
     """
     room: int | None
     if base is None:
@@ -269,10 +274,10 @@ def require_room(recipe: Recipe, base: Path | None) -> None:
     else:
         room = getattr(model_config(base, "causal-lm"), "max_position_embeddings", None)
         where = f"{base}: max_position_embeddings of config.json"
-    if room is not None and recipe.data.max_length > room:
+    if room is not None and longest > room:
         raise Mismatch(
-            f"data.max_length is {recipe.data.max_length}, and {where} is {room}: lower the first, or raise the second "
-            "where the model takes more"
+            f"texts may have {longest} tokens (data.max_length is {recipe.data.max_length}), and {where} is {room}: "
+            "lower the first, or raise the second where the model takes more"
         )
 
 

@@ -89,10 +89,22 @@ def test_texts_longer_than_the_context_are_told(python_base, tmp_path):
     data = {**PYTHON_RUN["data"], "max_length": 129}
     long = recipe_of(PYTHON_RUN, python_base, data=data)
     for attempt in (check, lambda recipe: train(recipe, tmp_path / "run")):
-        with pytest.raises(Mismatch, match=r"max_length is 129, and .*config\.json is 128: lower"):
+        with pytest.raises(
+            Mismatch, match=r"max_length is 129\), and .*config\.json is 128: lower"
+        ):
             attempt(long)
+    packed = recipe_of(PYTHON_RUN, python_base, data=data, training={"packing": True})
+    check(packed)  # a row of several texts may be longer
+    path = tmp_path / "long.csv"
+    path.write_text("text\n" + "\n".join("word " * 400 for _ in range(4)))
+    text = {"source": "text", "path": str(path), "max_length": 129}
+    with pytest.raises(Mismatch, match="texts may have 129 tokens"):
+        train(
+            recipe_of(PYTHON_RUN, python_base, data=text, training={"packing": True}),
+            tmp_path / "run",
+        )
     start = {"from_scratch": {**PYTHON_BASE["base"]["from_scratch"], "max_length": 60}}
-    with pytest.raises(Mismatch, match=r"and base\.from_scratch\.max_length is 60"):
+    with pytest.raises(Mismatch, match=r"\), and base\.from_scratch\.max_length is 60"):
         check(recipe_of({**PYTHON_BASE, "base": start}))
 
 

@@ -109,7 +109,13 @@ def recipe(python_base, tmp_path):
     """Eight short docstrings, all of them in each step."""
 
     def write(**training):
-        data = {"source": "python-docstrings", "train_limit": 8, "eval_limit": 8, "max_length": 512}
+        most = 512 if training.get("packing") else 128  # of a row, and of a text
+        data = {
+            "source": "python-docstrings",
+            "train_limit": 8,
+            "eval_limit": 8,
+            "max_length": most,
+        }
         steps = {"max_steps": 2, "learning_rate": 4e-3, "log_every": 1, "warmup_ratio": 0}
         return recipe_of(PYTHON_RUN, python_base, data=data, training={**steps, **training})
 
