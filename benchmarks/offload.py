@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from generated import Size, make_model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.generated import Size, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"LoRA, fp32": None, "QLoRA, NF4": {"quant_type": "nf4", "double_quant": True}}
@@ -59,7 +61,7 @@ def made_base(target: Path) -> Path:
     return base
 
 
-def recipe_of(base: Path, quantization: dict[str, Any] | None, offload: str) -> dict[str, Any]:
+def memory_recipe(base: Path, quantization: dict[str, Any] | None, offload: str) -> dict[str, Any]:
     """Two steps of LoRA on the built-in sources of Python."""
     limits = {"train_limit": 8, "eval_limit": 4, "max_length": 64}
     return {
@@ -93,7 +95,7 @@ def main() -> None:
         base = made_base(Path(room) / "base")
         for name, quantization in ROWS.items():
             for place in PLACES:
-                recipe = recipe_of(base, quantization, place)
+                recipe = memory_recipe(base, quantization, place)
                 peak = anonymous_bytes(recipe, Path(room) / f"{len(found)}-{place}")
                 found.setdefault(name, {})[place] = peak
                 print(f"{name}, {place}: {peak / 1e6:.0f} MB", file=sys.stderr)

@@ -4,16 +4,12 @@ The memory that counts is anonymous: pages of a mapped file can be dropped at an
 process of its own while two steps are trained.
 """
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.generated import Size, make_model
+from benchmarks.offload import anonymous_bytes, made_base, memory_recipe
 from qlx.checkpoint import open_checkpoint
 from qlx.errors import InputRefused
 from qlx.merging import merge
@@ -184,54 +180,17 @@ def test_a_new_head_needs_its_base_in_memory(digits_base, tmp_path):
         load_base(digits_base, "image-classification", new_head=Labels(("a", "b")), folder=tmp_path)
 
 
-MEASURE = """
-import json, sys, threading
-from pathlib import Path
-
-def now():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-import torch, transformers, peft, trl, datasets, bitsandbytes
-from qlx.recipe import Recipe
-from tests.training.test_offload import learned
-held, peak, done = now(), [0], threading.Event()
-
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], now())
-
-threading.Thread(target=watch, daemon=True).start()
-learned(Recipe.model_validate(json.loads(sys.argv[1])), Path(sys.argv[2]), steps=2, rows=2)
-done.set()
-print(peak[0] - held)
-"""
-
-
-def anonymous_bytes(recipe, output):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(recipe.content()), str(output)],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False, timeout=550,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},  # what is freed does not count
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return int(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_that_of_a_few_layers(python_base, tmp_path):
-    base = make_model(tmp_path / "base", Size(layers=12, hidden=1024, intermediate=2816, heads=16,
-                                              kv_heads=4, vocabulary=512))  # fmt: skip
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (base / file).write_bytes((python_base / file).read_bytes())
+def test_memory_is_that_of_a_few_layers(tmp_path):
+    base = made_base(tmp_path / "base")
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     assert weights > 250e6
     found = {}
     for name, quantization in (("fp32", None), ("nf4", NF4)):
         for where in ("none", "disk"):
-            recipe = recipe_for(PYTHON_RUN, base, quantization, "float32", where)
-            found[name, where] = anonymous_bytes(recipe, tmp_path / f"{name}-{where}")
+            output = tmp_path / f"{name}-{where}"
+            found[name, where] = anonymous_bytes(memory_recipe(base, quantization, where), output)
     assert found["fp32", "none"] > 2 * weights  # the control: in memory they are all there, in fp32
     assert found["fp32", "disk"] < 0.5 * weights
     assert found["nf4", "disk"] < 0.5 * found["nf4", "none"]
